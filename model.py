@@ -1,0 +1,310 @@
+"""GPT in one file, LoRA by hand, and the two functions that write and read every file of this project.
+
+The transformer is GPT-2's (pre-norm, learned positions, tied embeddings), with its parameter names, so that
+its weights fit. Nothing here knows about FoLoRA: `add_lora` replaces chosen linear layers by
+W = W_res + κBA and leaves the choice of A, B and of the optimizer to others.
+
+Shapes: B rows of a batch, T tokens, C = n_embd, nh heads of hs = C / nh channels; r LoRA's rank.
+Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGPT,
+https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
+"""
+import contextlib
+import hashlib
+import math
+import os
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 128   # context, in tokens
+    vocab_size: int = 257   # 256 bytes and <|endoftext|>
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+
+
+class KVCache:
+    """Keys and values of the tokens seen so far, per layer (B, nh, T_max, hs),
+    written at each row's own position."""
+
+    def __init__(self, config, rows, length, device, dtype):
+        shape = (rows, config.n_head, length, config.n_embd // config.n_head)
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.used = length  # no row has tokens at this position or behind it: attention need not look there
+
+    def update(self, layer, k, v, pos):
+        """Write k, v (B, nh, T, hs) at positions pos (B, T); return keys and values, (B, nh, used, hs)."""
+        index = pos[:, None, :, None].expand_as(k)
+        self.keys[layer].scatter_(2, index, k)
+        self.values[layer].scatter_(2, index, v)
+        return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # query, key and value in one
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        self.n_head, self.layer = config.n_head, layer
+
+    def forward(self, x, pos=None, cache=None):
+        B, T, C = x.shape
+        # each (B, nh, T, hs)
+        q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
+        if cache is None:
+            # the CPU's fused attention kernel is three times slower backwards in bf16 than in float32
+            with torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else contextlib.nullcontext():
+                if x.device.type == "cpu":
+                    q, k, v = q.float(), k.float(), v.float()
+                y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # a token sees cached positions up to its own; what lies behind, padding included, is masked
+            k, v = cache.update(self.layer, k, v, pos)
+            mask = torch.arange(k.shape[2], device=x.device) <= pos[:, None, :, None]  # (B, 1, T, used)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.gelu = nn.GELU(approximate="tanh")  # GPT-2's
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config, layer)
+        self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
+
+    def forward(self, x, pos=None, cache=None):
+        x = x + self.attn(self.ln_1(x), pos, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(config.vocab_size, config.n_embd),
+            wpe=nn.Embedding(config.block_size, config.n_embd),
+            h=nn.ModuleList(Block(config, i) for i in range(config.n_layer)),
+            ln_f=nn.LayerNorm(config.n_embd)))
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif "ln_" not in name:
+                # GPT-2: the residual stream sums 2 n_layer projections, so each starts smaller
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
+
+    def forward(self, idx, pos=None, cache=None):
+        """idx (B, T) tokens -> logits (B, T, vocab). With a cache, pos (B, T) is where each token stands."""
+        if idx.shape[1] > self.config.block_size:
+            raise ValueError(f"{idx.shape[1]} tokens do not fit the model's context of "
+                             f"{self.config.block_size}")
+        where = torch.arange(idx.shape[1], device=idx.device) if pos is None else pos
+        x = self.transformer.wte(idx) + self.transformer.wpe(where)
+        for block in self.transformer.h:
+            x = block(x, pos, cache)
+        return self.lm_head(self.transformer.ln_f(x))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sampling
+
+def truncate(logits, temperature, top_p, top_k):
+    """Logits (B, vocab) / temperature, then only the top_k likeliest tokens, of those the fewest that hold a
+    mass of top_p; the others -inf. Each setting is a tensor (B,), so that every row may have its own."""
+    ranked, order = (logits / temperature[:, None]).sort(dim=-1, descending=True)
+    keep = torch.arange(logits.shape[-1], device=logits.device) < top_k[:, None]
+    probs = ranked.masked_fill(~keep, -math.inf).softmax(-1)
+    keep &= probs.cumsum(-1) - probs < top_p[:, None]  # the mass before a token; the likeliest always stays
+    return torch.full_like(logits, -math.inf).scatter(-1, order, ranked.masked_fill(~keep, -math.inf))
+
+
+@torch.inference_mode()
+def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tokens=0, generator=None,
+             use_cache=True):
+    """Continue each prompt (a list of token lists, lengths may differ) by up to max_new_tokens, or to a token
+    in `stop`.
+
+    decoding:       None for greedy, else (temperature, top_p, top_k), each a tensor (B,): one setting a row.
+    min_new_tokens: `stop` tokens cannot come before so many others.
+    Returns the new tokens of each row, a stop token not included.
+    """
+    device, lengths = model.lm_head.weight.device, [len(p) for p in prompts]
+    if min(lengths) < 1 or max(lengths) + max_new_tokens > model.config.block_size + 1:
+        raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens and {max_new_tokens} new ones "
+                         f"do not fit the context of {model.config.block_size}; "
+                         "a prompt needs at least one token")
+    tokens = torch.zeros(len(prompts), max(lengths) + max_new_tokens, dtype=torch.long, device=device)
+    for row, prompt in zip(tokens, prompts):
+        row[:len(prompt)] = torch.tensor(prompt)
+    end = torch.tensor(lengths, device=device)       # where each row's next token goes
+    rows, finish = torch.arange(len(prompts), device=device), end + max_new_tokens
+    done, stop = torch.zeros_like(end, dtype=torch.bool), torch.tensor(stop, dtype=torch.long, device=device)
+    cache = (KVCache(model.config, len(prompts), tokens.shape[1], device, model.lm_head.weight.dtype)
+             if use_cache else None)
+    pos = torch.arange(max(lengths), device=device).expand(len(prompts), -1)  # prompts, then one token a row
+    for new in range(max_new_tokens):
+        if use_cache:
+            cache.used = max(lengths) + new
+            logits = model(tokens.gather(1, pos), pos, cache)[rows, end - 1 if new == 0 else 0]
+        else:
+            logits = model(tokens[:, :end.max()])[rows, end - 1]
+        if new < min_new_tokens:
+            logits[:, stop] = -math.inf
+        if decoding is None:
+            token = logits.argmax(-1)
+        else:
+            probs = truncate(logits.float(), *decoding).softmax(-1)
+            token = torch.multinomial(probs, 1, generator=generator)[:, 0]
+        stopped = ~done & torch.isin(token, stop)
+        finish[stopped] = end[stopped]
+        done |= stopped
+        if done.all():
+            break
+        tokens[rows, end], pos, end = token, end[:, None], end + 1
+    return [row[n:f].tolist() for row, n, f in zip(tokens, lengths, finish)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# LoRA
+
+class LoRALinear(nn.Module):
+    """W = W_res + κBA: a frozen weight (d_out, d_in), B (d_out, r), A (r, d_in), κ = scale.
+
+    A0, B0 are where A and B started. W_res = W0 - κB0A0, so that the layer starts as exactly the function
+    it was.
+    """
+
+    def __init__(self, linear, r, scale=1.0):
+        super().__init__()
+        d_out, d_in = linear.weight.shape
+        if not 1 <= r <= min(d_in, d_out):
+            raise ValueError(f"rank is {r}; a layer of {d_out} x {d_in} takes 1 to {min(d_in, d_out)}")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
+        for name, shape in ("A", (r, d_in)), ("B", (d_out, r)):
+            self.register_parameter(f"lora_{name}", nn.Parameter(self.weight.new_zeros(shape)))
+            self.register_buffer(f"lora_{name}0", self.weight.new_zeros(shape))
+
+    def forward(self, x):
+        return (F.linear(x, self.weight, self.bias)
+                + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B))
+
+    @torch.no_grad()
+    def start(self, A0, B0):
+        """Start from A0 (r, d_in), B0 (d_out, r), taking κB0A0 out of the frozen weight."""
+        for p, value in (self.lora_A, A0), (self.lora_B, B0), (self.lora_A0, A0), (self.lora_B0, B0):
+            p.copy_(value)
+        self.weight -= self.scale * self.lora_B0 @ self.lora_A0
+
+    @torch.no_grad()
+    def plain(self, merged):
+        """An ordinary linear layer: with what was learnt, or as it was before LoRA."""
+        A, B = (self.lora_A, self.lora_B) if merged else (self.lora_A0, self.lora_B0)
+        linear = nn.Linear(*self.weight.T.shape, device="meta")
+        linear.weight = nn.Parameter(self.weight + self.scale * B @ A)
+        linear.bias = self.bias
+        return linear
+
+
+def block_linears(model, kind=nn.Linear):
+    """{name: layer} of every linear projection in the transformer's blocks: what LoRA adapts."""
+    return {name: m for name, m in model.named_modules()
+            if isinstance(m, kind) and name.startswith("transformer.h.")}
+
+
+def add_lora(model, r, scale=1.0):
+    """Freeze the model and give every linear projection of its blocks an adapter of rank r;
+    returns {name: LoRALinear}."""
+    model.requires_grad_(False)
+    layers = {name: LoRALinear(linear, r, scale) for name, linear in block_linears(model).items()}
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    return layers
+
+
+def lora_parameters(model):
+    """{name: parameter} of every A and B."""
+    return {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+
+
+def merge_lora(model, learnt=True):
+    """Replace every adapter by an ordinary linear layer with W_res + κBA."""
+    for name, layer in block_linears(model, LoRALinear).items():
+        model.set_submodule(name, layer.plain(learnt))
+
+
+def remove_lora(model):
+    """Replace every adapter by the linear layer that stood there before, W_res + κB0A0 = W0."""
+    merge_lora(model, learnt=False)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Machine and files: the one place where device and precision are chosen,
+# one function that writes, one that reads.
+
+def pick_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(device):
+    """bf16 where the machine gains from it (recent GPUs; CPUs with bf16 instructions), float32 elsewhere."""
+    gains = torch.cuda.is_bf16_supported() if device.type == "cuda" else bf16_cpu()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=gains)
+
+
+def bf16_cpu():
+    return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
+
+
+def fingerprint(tensors):
+    """A short SHA-256 of {name: tensor}: the identity of a model's weights or a calibration."""
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        digest.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if t.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+def save(path, content):
+    """Write a checkpoint whole or not at all: under a temporary name first, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path, kind, made_by):
+    """Read a checkpoint (tensors and plain values only); ValueError says which command makes one."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing; make it with: {made_by}")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # truncated, foreign, or a pickle that is not plain data
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}); "
+                         f"delete it and make it again with: {made_by}")
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise ValueError(f"{path} is not a {kind} of this project; "
+                         f"delete it and make it again with: {made_by}")
+    return content

@@ -1,0 +1,167 @@
+"""The model: one transformer, cached or not, padded or not; LoRA that changes nothing until it learns."""
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from model import (GPT, GPTConfig, add_lora, block_linears, fingerprint, generate, load, lora_parameters,
+                   merge_lora, remove_lora, save, truncate)
+
+CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
+prompts_of_any_length = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=10),
+                                 min_size=1, max_size=5)
+
+
+def micro(seed=0):
+    """A model whose weights are large enough for its output to depend on everything."""
+    torch.manual_seed(seed)
+    model = GPT(CONFIG)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.normal_(0, 0.3)
+    return model.eval()
+
+
+def test_names_and_shapes_are_gpt2s():
+    """GPT-2's weights can be loaded: its names, and its sizes with c_attn of 3C and an MLP of 4C."""
+    shapes = {name: tuple(p.shape) for name, p in micro().state_dict().items()}
+    assert shapes["transformer.wte.weight"] == (31, 16) and shapes["transformer.wpe.weight"] == (24, 16)
+    assert shapes["transformer.h.1.attn.c_attn.weight"] == (48, 16)
+    assert shapes["transformer.h.1.attn.c_proj.bias"] == (16,)
+    assert shapes["transformer.h.0.mlp.c_fc.weight"] == (64, 16)
+    assert shapes["transformer.h.0.mlp.c_proj.weight"] == (16, 64)
+    norms = {"transformer.h.0.ln_1.weight", "transformer.h.0.ln_2.bias", "transformer.ln_f.weight"}
+    assert norms <= shapes.keys()
+
+
+def test_a_token_sees_only_its_past():
+    model, x = micro(), torch.arange(12)[None] % 31
+    changed = x.clone()
+    changed[0, 7] = 30
+    difference = (model(x) - model(changed)).abs().amax(-1)[0]
+    assert (difference[:7] == 0).all() and (difference[7:] > 1e-4).all()
+
+
+@given(prompts=prompts_of_any_length, new=st.integers(1, 12), seed=st.integers(0, 5))
+def test_greedy_with_cache_is_greedy_without(prompts, new, seed):
+    """A KV cache changes nothing, for prompts of different lengths in one batch."""
+    model = micro(seed)
+    assert generate(model, prompts, new) == generate(model, prompts, new, use_cache=False)
+
+
+@given(prompts=prompts_of_any_length, new=st.integers(1, 12), seed=st.integers(0, 5))
+def test_sampling_with_cache_is_sampling_without(prompts, new, seed):
+    model, rows = micro(seed), len(prompts)
+    decoding = torch.full((rows,), 1.2), torch.full((rows,), 0.9), torch.full((rows,), 8)
+    a, b = (generate(model, prompts, new, [3], decoding, 2, torch.Generator().manual_seed(seed), use_cache)
+            for use_cache in (True, False))
+    assert a == b and all(3 not in row for row in a)
+    assert all(len(row) >= min(2, new) for row in a), "no stop token before min_new_tokens"
+
+
+@given(prompts=prompts_of_any_length)
+def test_answers_do_not_depend_on_the_batch(prompts):
+    model = micro()
+    assert generate(model, prompts, 6, [3]) == [generate(model, [p], 6, [3])[0] for p in prompts]
+
+
+def test_generate_refuses_what_does_not_fit():
+    with pytest.raises(ValueError, match="context of 24"):
+        generate(micro(), [[1] * 20], 10)
+    with pytest.raises(ValueError, match="at least one token"):
+        generate(micro(), [[]], 3)
+    with pytest.raises(ValueError, match="context of 24"):
+        micro()(torch.zeros(1, 25, dtype=torch.long))
+
+
+def test_truncate_by_hand():
+    """Probabilities .5 .3 .15 .05: top-p 0.6 keeps two tokens, top-k 3 keeps three,
+    temperature 1/2 squares the odds."""
+    logits = torch.tensor([[0.05, 0.5, 0.15, 0.3]]).log().expand(4, -1)
+    kept = truncate(logits, torch.tensor([1., 1., 0.5, 1.]), torch.tensor([0.6, 1., 1., 1e-9]),
+                    torch.tensor([4, 3, 4, 4]))
+    probs = kept.softmax(-1)
+    assert torch.allclose(probs[0], torch.tensor([0, 0.5, 0, 0.3]) / 0.8)
+    assert torch.allclose(probs[1], torch.tensor([0, 0.5, 0.15, 0.3]) / 0.95)
+    squares = torch.tensor([0.05, 0.5, 0.15, 0.3]) ** 2
+    assert torch.allclose(probs[2], squares / squares.sum())
+    assert torch.allclose(probs[3], torch.tensor([0., 1, 0, 0])), "the likeliest token always stays"
+
+
+def with_lora(seed, r=3, scale=0.7):
+    """(model with adapters that start somewhere, its input, the output before)."""
+    model, x = micro(), torch.randint(0, 31, (2, 9), generator=torch.Generator().manual_seed(seed))
+    before = model(x)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in add_lora(model, r, scale).values():
+        layer.start(*(torch.randn(p.shape, generator=generator) * 0.1 for p in (layer.lora_A, layer.lora_B)))
+    return model, x, before
+
+
+@given(seed=st.integers(0, 50), r=st.integers(1, 16), scale=st.sampled_from([0.5, 1.0, 4.0]))
+def test_an_adapter_starts_as_the_identity(seed, r, scale):
+    """W_res + κB0A0 = W0 whatever the start; only A and B are trained, on all linear layers of the blocks."""
+    model, x, before = with_lora(seed, r, scale)
+    assert torch.allclose(model(x), before, atol=1e-3)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(lora_parameters(model))
+    assert len(lora_parameters(model)) == 2 * 4 * CONFIG.n_layer
+
+
+@given(seed=st.integers(0, 50))
+def test_merged_is_unmerged_and_removed_is_the_base(seed):
+    model, x, before = with_lora(seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for p in lora_parameters(model).values():
+            p += 0.1 * torch.randn(p.shape, generator=generator)
+    learnt, adapted = model(x), {k: v.clone() for k, v in model.state_dict().items()}
+    assert (learnt - before).abs().max() > 0.01
+    merge_lora(model)
+    assert torch.allclose(model(x), learnt, atol=1e-3)
+    assert model.state_dict().keys() == micro().state_dict().keys()
+    again, _, _ = with_lora(seed)
+    again.load_state_dict(adapted)
+    remove_lora(again)
+    assert all(torch.allclose(a, b, atol=1e-5)
+               for a, b in zip(again.state_dict().values(), micro().state_dict().values()))
+
+
+@pytest.mark.parametrize("r", [0, -1, 17])
+def test_lora_refuses_a_rank_that_does_not_fit(r):
+    with pytest.raises(ValueError, match=f"rank is {r}"):
+        add_lora(micro(), r)
+
+
+def test_fingerprint_sees_every_value_and_name():
+    base = {"a": torch.arange(4.), "b": torch.ones(2, dtype=torch.bfloat16)}
+    others = [{**base, "a": torch.tensor([0., 1, 2, 3.0000002])}, {**base, "c": base["b"]},
+              {**base, "a": base["a"].view(2, 2)}, {**base, "a": base["a"].double()}]
+    assert len({fingerprint(t) for t in [base, *others]}) == 5
+    assert fingerprint(base) == fingerprint(dict(reversed(base.items())))
+
+
+def test_what_is_saved_is_loaded_and_what_is_broken_is_named(tmp_path):
+    """Whole or not at all; a truncated, foreign or executable file is refused with the command
+    that makes a new one."""
+    path = tmp_path / "folder" / "x.pt"
+    save(path, {"kind": "adapter", "t": torch.arange(3)})
+    assert load(path, "adapter", "")["t"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="x.pt is not a foundation.*python train.py pretrain"):
+        load(path, "foundation", "python train.py pretrain")
+    with pytest.raises(TypeError):
+        save(path, {"kind": "adapter", "t": (i for i in range(3))})
+    assert load(path, "adapter", "")["t"].tolist() == [0, 1, 2] and list(path.parent.iterdir()) == [path]
+    whole = path.read_bytes()
+    for broken in whole[:-50], whole[:10], b"", pickle.dumps({"kind": print}):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="cannot be read.*make it again with: python"):
+            load(path, "adapter", "python train.py adapt")
+    with pytest.raises(ValueError, match="is missing; make it with: python"):
+        load(tmp_path / "none.pt", "adapter", "python train.py adapt")
+
+
+def test_every_linear_of_the_blocks_is_found():
+    names = {name.rsplit("h.", 1)[1] for name in block_linears(micro())}
+    assert names == {f"{i}.{n}" for i in range(2)
+                     for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")}
