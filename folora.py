@@ -1,0 +1,235 @@
+"""FoLoRA, the method: low-rank fine-tuning that steers its updates away from what the base model uses.
+
+Foundation-Preserving LoRA, arXiv 2606.00132; equation numbers are the paper's.
+Pure functions, then one optimizer.
+
+A linear layer W0 (d_out, d_in) reads inputs x (d_in,). Text that the base model wrote itself says how
+strongly it uses each input direction, C_pre = E[x xᵀ]; task queries say how strongly the task uses it,
+C_task. With ΔW = B ΔA the layer's output moves by B ΔA x, so the rows of ΔA should lie where C_task is large
+and C_pre is small:
+
+    forgetting penalty   R(ΔA) = Tr(ΔA H ΔAᵀ),  H = C_pre + τI              (Eq. 6)
+    task utility         U(ΔA) = Tr(ΔA C_task ΔAᵀ)
+    their trade-off      C_task v = γ H v,      VᵀHV = I, VᵀC_task V = diag(γ)   (Eq. 17)
+
+γ is a direction's utility per unit of penalty. Adam runs in the coordinates V, and each coordinate's *step*
+is multiplied by the gate γ/(γ + λ) (Eq. 22), so that cheap, useful directions move freely and costly ones
+hardly.
+
+Units: one scalar a layer, tr(C_pre)/d_in, divides both moments (`normalise`). γ does not change; τ and the
+learning rate become free of the activations' units, and λ = 1 is the break-even: a direction as active on
+the task as on the base model's own text.
+"""
+import math
+
+import torch
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring: how strongly is each input direction used?
+
+class SecondMoment:
+    """Streaming uncentred second moment E[x xᵀ] of the tokens added so far, summed in float64.
+
+    Each batch's product is taken in the dtype of x and the sum over batches in float64, so that the rounding
+    error does not grow with the number of batches.
+    """
+
+    def __init__(self, d_in, device="cpu"):
+        self.total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x, mask=None):
+        """x (..., d_in); mask (...) is False on padding, which never enters."""
+        x = x.reshape(-1, x.shape[-1]) if mask is None else x[mask]
+        self.total += (x.T @ x).double()
+        self.tokens += x.shape[0]
+
+    def mean(self):
+        """(d_in, d_in) float64, per token. ValueError when it is empty or not finite."""
+        if not self.tokens:
+            raise ValueError("second moment of no tokens; give at least one text")
+        if not torch.isfinite(self.total).all():
+            raise ValueError("second moment is not finite; the activations overflowed or hold NaN")
+        return self.total / self.tokens
+
+
+def normalise(C_pre, C_task):
+    """Divide both moments by tr(C_pre)/d_in, the mean square of inputs on pretraining text: dimensionless."""
+    mean_square = C_pre.diagonal().mean()
+    if not mean_square > 0:
+        raise ValueError("C_pre has no energy (trace 0): this layer's input was zero on every sample")
+    return C_pre / mean_square, C_task / mean_square
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The generalized eigenproblem: utility against penalty
+
+def forgetting_penalty(dA, H):
+    """R(ΔA) = Tr(ΔA H ΔAᵀ) for dA (r, d_in), H (d_in, d_in): a scalar (Eq. 6)."""
+    return ((dA @ H) * dA).sum()
+
+
+def task_utility(dA, C_task):
+    """U(ΔA) = Tr(ΔA C_task ΔAᵀ) for dA (r, d_in), C_task (d_in, d_in): a scalar."""
+    return ((dA @ C_task) * dA).sum()
+
+
+def rayleigh_quotient(v, C_task, H):
+    """ρ(v) = vᵀC_task v / vᵀHv, the utility per unit penalty of each direction in v (..., d_in) -> (...)."""
+    return ((v @ C_task) * v).sum(-1) / ((v @ H) * v).sum(-1)
+
+
+def damped(C_pre, tau):
+    """H = C_pre + τI (Eq. 6), for normalised C_pre: τ is relative to the mean square of the layer's input."""
+    if not 0 < tau < math.inf:
+        raise ValueError(f"tau is {tau}; the damping must be a positive number, for example 0.01")
+    return C_pre + tau * torch.eye(len(C_pre), dtype=C_pre.dtype, device=C_pre.device)
+
+
+def whiten(C, L):
+    """L⁻¹ C L⁻ᵀ for symmetric C and lower triangular L, by two triangular solves; exactly symmetric."""
+    half = torch.linalg.solve_triangular(L, C, upper=False)
+    M = torch.linalg.solve_triangular(L, half.T, upper=False)
+    return (M + M.T) / 2
+
+
+def generalized_eigh(C_task, H):
+    """Solve C_task v = γ H v for symmetric (d, d) C_task and H, H positive definite, in float64 (Eq. 17).
+
+    With H = LLᵀ the problem is the symmetric one of M = L⁻¹ C_task L⁻ᵀ = QΓQᵀ, and V = L⁻ᵀQ. (The paper
+    whitens with H^-½: the same eigenvectors up to sign, and neither Adam nor the gate sees the sign.)
+
+    Returns (eigvals (d,) descending, basis (d, d) with the eigenvectors as columns):
+    VᵀHV = I, VᵀC_task V = diag(γ).
+    V is *not* orthogonal: a gradient goes into the basis with V, a parameter with V⁻¹ = VᵀH.
+    """
+    C_task, H = C_task.double(), H.double()
+    for name, C in ("C_task", C_task), ("H", H):
+        if C.dim() != 2 or C.shape != H.T.shape:
+            raise ValueError(f"{name} has shape {tuple(C.shape)}; "
+                             "C_task and H must be square and of one size")
+        if not torch.isfinite(C).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    L, failed = torch.linalg.cholesky_ex(H)
+    if failed:
+        raise ValueError("H is not positive definite; use a larger tau (H = C_pre + tau I)")
+    eigvals, Q = torch.linalg.eigh(whiten(C_task, L))
+    basis = torch.linalg.solve_triangular(L.T, Q, upper=True)
+    return eigvals.flip(0), basis.flip(1)
+
+
+def spectral_gate(eigvals, lam=1.0, s_min=0.3):
+    """s̃ = max(γ/(γ + λ), s_min) in [s_min, 1): how much of Adam's step each direction takes (Eq. 22)."""
+    if not 0 < lam < math.inf:
+        raise ValueError(f"lam is {lam}; λ must be a positive number, "
+                         "1 is the break-even of utility and penalty")
+    if not 0 <= s_min <= 1:
+        raise ValueError(f"s_min is {s_min}; the smallest gate must lie in [0, 1]")
+    eigvals = eigvals.clamp(min=0)  # C_task is positive semidefinite: what is negative is rounding
+    return (eigvals / (eigvals + lam)).clamp(min=s_min)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Where to start. Each start returns A0 (r, d_in), B0 (d_out, r); the layer then freezes
+# W_res = W0 - κB0A0, so that it begins as exactly the function it was.
+
+def check_rank(r, W0):
+    if not 1 <= r <= min(W0.shape):
+        raise ValueError(f"rank is {r}; a layer of {tuple(W0.shape)} takes 1 to {min(W0.shape)}")
+
+
+def kaiming_start(W0, r, scale=1.0, generator=None):
+    """LoRA's: A0 Kaiming-uniform (a = √5, so bound 1/√d_in), B0 = 0."""
+    check_rank(r, W0)
+    d_out, d_in = W0.shape
+    A = (torch.rand(r, d_in, generator=generator).to(W0) * 2 - 1) / math.sqrt(d_in)
+    return A, W0.new_zeros(d_out, r)
+
+
+def projection_start(W0, U, scale=1.0):
+    """A0 = Uᵀ, B0 = W0 U/κ for orthonormal columns U (d_in, r): κB0A0 is W0 restricted to the span of U."""
+    return U.T.to(W0).contiguous(), (W0 @ U.to(W0)) / scale
+
+
+def null_space_start(W0, C_pre, r, scale=1.0):
+    """The paper's (App. B.3): U = the r eigenvectors of C_pre of smallest eigenvalue, so A0 X_pre ≈ 0."""
+    check_rank(r, W0)
+    _, U = torch.linalg.eigh(C_pre.double())  # ascending
+    return projection_start(W0, U[:, :r], scale)
+
+
+def leading_start(W0, basis, r, scale=1.0):
+    """Ours: U spans the r leading generalized eigenvectors, the directions of highest utility per penalty."""
+    check_rank(r, W0)
+    U, _ = torch.linalg.qr(basis[:, :r].double())
+    return projection_start(W0, U, scale)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The optimizer
+
+class SAdam(torch.optim.Optimizer):
+    """Adam whose steps for some matrices are taken, and gated, in a basis of their own (Eq. 18-24);
+    AdamW for the rest.
+
+    params:    parameters or parameter groups, as for any torch optimizer.
+    spectral:  {A: (basis V (d_in, d_in), gate s̃ (d_in,))} for the LoRA factors A (r, d_in) that get the
+               gated step. Without any entry this is `torch.optim.AdamW`.
+    lr, betas, eps, weight_decay (decoupled): as for AdamW.
+    """
+
+    def __init__(self, params, spectral=None, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0):
+        if not lr >= 0:
+            raise ValueError(f"lr is {lr}; the learning rate must not be negative")
+        super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
+        self.spectral = spectral or {}
+        for A, (V, gate) in self.spectral.items():
+            if V.shape != (A.shape[1],) * 2 or gate.shape != A.shape[1:]:
+                raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit "
+                                 f"a parameter of shape {tuple(A.shape)}; "
+                                 "they must be (d_in, d_in) and (d_in,)")
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, self.state[p],
+                                 **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
+        return loss
+
+    def _update(self, p, state, lr, betas, eps, weight_decay):
+        V, gate = self.spectral.get(p, (None, None))
+        g = p.grad if V is None else p.grad @ V                       # A = Ā Vᵀ, hence Ḡ = G V
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        state["step"] += 1
+        m = state["exp_avg"].lerp_(g, 1 - betas[0])
+        v = state["exp_avg_sq"].lerp_(g * g, 1 - betas[1])
+        m_hat, v_hat = m / (1 - betas[0] ** state["step"]), v / (1 - betas[1] ** state["step"])
+        step = -lr * m_hat / (v_hat.sqrt() + eps)
+        if V is not None:  # gate the step: Adam would normalise a gated gradient back to full size
+            step = (step * gate) @ V.T                                # ΔA = ΔĀ Vᵀ
+        p.mul_(1 - lr * weight_decay).add_(step)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The methods, by name: where A and B start, and whether A takes SAdam's steps. `m` is the layer's
+# calibration, {"C_pre", "C_task", "eigvals", "basis"} (None for a method that needs none).
+
+METHODS = {
+    "lora": (lambda W0, r, scale, m, generator: kaiming_start(W0, r, scale, generator), False),
+    "folora": (lambda W0, r, scale, m, generator: null_space_start(W0, m["C_pre"], r, scale), True),
+    "folora-top": (lambda W0, r, scale, m, generator: leading_start(W0, m["basis"], r, scale), True),
+}
+
+
+def needs_calibration(method):
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
+    return method != "lora"
