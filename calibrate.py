@@ -1,0 +1,221 @@
+"""Calibrate: let the foundation write text, measure what its layers read, solve for each layer's directions.
+
+    python calibrate.py --task math      # out/math/calibration.pt, under a minute on 2 cores
+
+1. Sample: N texts from <|endoftext|> alone stand for the pretraining text, which nobody has (Sec. 3.4).
+2. Measure: the second moments C_pre of every linear layer's input on those texts, and C_task on task queries.
+3. Solve: C_task v = γ (C_pre + τI) v for each layer (Eq. 17).
+"""
+import argparse
+import collections
+import contextlib
+import hashlib
+import pathlib
+import random
+
+import torch
+
+import tasks
+from folora import SecondMoment, damped, generalized_eigh, normalise, spectral_gate
+from model import block_linears, generate, pick_device, save
+from train import command, load_foundation, positive, reusable
+
+# share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
+DECODING = [(0.70, (1.0, 1.0, 0)),
+            (0.20, (1.0, 0.95, 0)),
+            (0.10, (1.2, 0.98, 50))]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sample
+
+def longest_run(tokens):
+    """Length of the longest run of one token: [7, 7, 7, 2] -> 3."""
+    longest = run = 0
+    for i, token in enumerate(tokens):
+        run = run + 1 if i and token == tokens[i - 1] else 1
+        longest = max(longest, run)
+    return longest
+
+
+def rejection(tokens, seen, limits):
+    """Why a sample is rejected (App. B.4), or None. `seen` collects the hashes of the samples looked at."""
+    digest = hashlib.sha1(str(tokens).encode()).digest()
+    if digest in seen:
+        return "duplicate"
+    seen.add(digest)
+    if len(tokens) < limits["min_tokens"]:
+        return "too short"
+    if longest_run(tokens) >= limits["max_run"]:
+        return "run of one token"
+    if len(tokens) >= limits["unique_from"] and len(set(tokens)) < limits["min_unique"] * len(tokens):
+        return "few unique tokens"
+    fours = list(zip(*(tokens[i:] for i in range(4))))
+    if len(tokens) >= limits["fours_from"] and len(set(fours)) < limits["min_unique_fours"] * len(fours):
+        return "few unique 4-grams"
+    return None
+
+
+def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250):
+    """(`count` accepted samples as token lists without <|endoftext|>, Counter of rejections by reason).
+
+    ValueError when too few of 4 count + batch tries are accepted.
+    """
+    device = model.lm_head.weight.device
+    generator, rng = torch.Generator(device).manual_seed(seed), random.Random(f"decoding {seed}")
+    accepted, rejected, seen, tries = [], collections.Counter(), set(), 0
+    while len(accepted) < count:
+        if tries >= 4 * count + batch:
+            raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in {tries} tries "
+                             f"(rejected: {dict(rejected)}); ask for fewer with --samples, loosen the "
+                             "filters, or train the foundation longer")
+        drawn = rng.choices([settings for _, settings in DECODING], [share for share, _ in DECODING], k=batch)
+        temperature, top_p, top_k = (torch.tensor(column, device=device) for column in zip(*drawn))
+        decoding = temperature, top_p, torch.where(top_k == 0, model.config.vocab_size, top_k)
+        for tokens in generate(model, [[eot]] * batch, max_new, [eot], decoding, min_new, generator):
+            reason = rejection(tokens, seen, limits)
+            if reason:
+                rejected[reason] += 1
+            else:
+                accepted.append(tokens)
+        tries += batch
+    return accepted[:count], rejected
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measure
+
+@contextlib.contextmanager
+def watching(layers, see):
+    """Call see(name, input) before each of {name: layer} runs; the hooks are gone afterwards,
+    also after an error."""
+    handles = [layer.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
+               for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.inference_mode()
+def second_moments(model, rows, batch=64):
+    """{layer name: E[x xᵀ] (d_in, d_in) float64} over all tokens of `rows` (token lists), in one pass.
+
+    Padding never enters. ValueError names the layer whose moment is not finite.
+    """
+    device, layers = model.lm_head.weight.device, block_linears(model)
+    moments = {name: SecondMoment(layer.in_features, device) for name, layer in layers.items()}
+    rows = sorted(rows, key=len)  # rows of like length together: less padding
+    for first in range(0, len(rows), batch):
+        chunk = rows[first:first + batch]
+        x, mask = (torch.zeros(len(chunk), len(chunk[-1]), dtype=dtype) for dtype in (torch.long, torch.bool))
+        for i, row in enumerate(chunk):
+            x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
+        x, mask = x.to(device), mask.to(device)
+        with watching(layers, lambda name, activations: moments[name].add(activations, mask)):
+            model(x)
+    result = {}
+    for name, moment in moments.items():
+        try:
+            result[name] = moment.mean()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}")
+    return result
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Solve
+
+def solve_layer(C_pre, C_task, tau):
+    """What `train.py adapt` needs of one layer: normalised moments (d_in, d_in), eigvals (d_in,)
+    and basis (d_in, d_in)."""
+    C_pre, C_task = normalise(C_pre, C_task)
+    eigvals, basis = generalized_eigh(C_task, damped(C_pre, tau))
+    return {"C_pre": C_pre.cpu(), "C_task": C_task.cpu(),
+            "eigvals": eigvals.cpu(), "basis": basis.float().cpu()}
+
+
+def print_spectrum(layers):
+    """One line a layer: how many directions the foundation uses, and what the gate at λ = 1, s_min = 0.3
+    makes of γ."""
+    print(f"{'layer':32} {'d_in':>5} {'used':>6} {'γ max':>8} {'median':>7} {'min':>8} "
+          f"{'mean gate':>10} {'gate 0.3':>9}")
+    for name, m in layers.items():
+        gate, eigvals, C = spectral_gate(m["eigvals"]), m["eigvals"], m["C_pre"]
+        # participation ratio: d_in if all directions are used alike, 1 if one is
+        used = C.trace() ** 2 / (C * C).sum()
+        print(f"{name:32} {len(C):5} {used:6.1f} {eigvals[0]:8.2f} {eigvals.median():7.3f} "
+              f"{eigvals[-1]:8.1e} {gate.mean():10.3f} {(gate <= 0.3).double().mean():9.0%}")
+
+
+def calibrate(args):
+    """Sample, measure, solve, unless out/<task>/calibration.pt was made with the same settings
+    and foundation."""
+    device, encoding = pick_device(), tasks.byte_encoding()
+    path = pathlib.Path(args.out) / args.task / "calibration.pt"
+    queries = tasks.task_items(args.task, "train", args.queries)
+    model, foundation = load_foundation(args.out, device)
+    limits = {key: getattr(args, key) for key in ("min_tokens", "max_run", "min_unique", "unique_from",
+                                                  "min_unique_fours", "fours_from")}
+    max_new = model.config.block_size if args.max_new is None else args.max_new
+    text = tasks.fingerprint(item.prompt for item in queries)
+    settings = dict(foundation=foundation, task=args.task, samples=args.samples, queries=args.queries,
+                    min_new=args.min_new, max_new=max_new, limits=limits, tau=args.tau, seed=args.seed,
+                    text=text)
+    if reusable(path, "calibration", settings):
+        return
+    damped(torch.eye(1), args.tau)  # a bad τ is better known before the sampling
+    print(f"calibrate: {args.samples} samples of the foundation for C_pre, "
+          f"{args.queries} queries of {args.task} for C_task")
+    samples, rejected = sample_proxy(model, args.samples, encoding.eot_token, limits, args.min_new, max_new,
+                                     args.seed)
+    print(f"  accepted {len(samples)}, rejected {rejected.total()}: {dict(rejected) or 'none'}")
+    for tokens in samples[:8]:
+        print("  |", repr(encoding.decode(tokens)))
+    C_pre = second_moments(model, [([encoding.eot_token] + tokens)[:model.config.block_size]
+                                   for tokens in samples])
+    prompts = [[encoding.eot_token] + encoding.encode_ordinary(item.prompt) for item in queries]
+    C_task = second_moments(model, prompts)
+    for name, used in ("samples", samples), ("queries", prompts):
+        if sum(map(len, used)) < 4 * model.config.n_embd:
+            print(f"  warning: {name} have fewer tokens than the widest layer has inputs; "
+                  "τ carries the missing directions")
+    layers = {name: solve_layer(C_pre[name], C_task[name], args.tau) for name in C_pre}
+    print_spectrum(layers)
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
+    save(path, {"kind": "calibration", "settings": settings, "layers": layers, "samples": padded})
+    print(f"{path} written")
+
+
+def parser():
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--task", default="instruct", help=f"one of {', '.join(tasks.TASKS)}")
+    p.add_argument("--samples", type=positive, default=2000,
+                   help="texts that the foundation writes, for C_pre")
+    p.add_argument("--queries", type=positive, default=256, help="task prompts, for C_task")
+    p.add_argument("--tau", type=float, default=0.01,
+                   help="damping of C_pre, relative to the mean square of an input")
+    p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")
+    p.add_argument("--max-new", type=positive, help="tokens a sample at most; default: the model's context")
+    p.add_argument("--min-tokens", type=int, default=32, help="shorter samples are rejected")
+    p.add_argument("--max-run", type=int, default=20, help="a run of so many equal tokens is rejected")
+    p.add_argument("--min-unique", type=float, default=0.08,
+                   help="least ratio of unique tokens; the paper's 0.12 is for BPE, "
+                        "rows of 128 bytes of real text have 0.13 to 0.3")
+    p.add_argument("--unique-from", type=int, default=128, help="the ratio counts from this length")
+    p.add_argument("--min-unique-fours", type=float, default=0.25, help="least ratio of unique 4-grams")
+    p.add_argument("--fours-from", type=int, default=96,
+                   help="that ratio counts from this length; the paper's 256 is for BPE")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--out", default="out", help="folder for all results")
+    return p
+
+
+def main(argv=None):
+    calibrate(parser().parse_args(argv))
+
+
+if __name__ == "__main__":
+    command(main)
