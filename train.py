@@ -1,0 +1,322 @@
+"""Train: `pretrain` the small foundation, then `adapt` it to a task with LoRA or FoLoRA. One loop for both.
+
+    python train.py pretrain                              # out/foundation.pt, about 4 minutes on 2 cores
+    python calibrate.py --task math                       # what FoLoRA needs to know first
+    python train.py adapt --task math --method folora     # out/math/folora-.../adapter.pt
+"""
+import argparse
+import math
+import pathlib
+import random
+import sys
+import time
+
+import torch
+from torch.nn import functional as F
+
+import tasks
+from folora import METHODS, SAdam, needs_calibration, spectral_gate
+from model import (GPT, GPTConfig, add_lora, autocast, block_linears, fingerprint, load, lora_parameters,
+                   pick_device, save)
+
+SAVE_EVERY = 500  # steps
+# the best of each one's sweep on validation items
+LEARNING_RATES = {"lora": 3e-3, "folora": 6e-3, "folora-top": 3e-3}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The loop
+
+def learning_rate(step, steps, warmup, shape):
+    """Factor on the peak rate at `step`: linear warm-up, then down to 0 along a cosine or a line."""
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
+    return (1 + math.cos(math.pi * done)) / 2 if shape == "cosine" else 1 - done
+
+
+def loss_of(model, x, y, device):
+    """Mean cross-entropy in nats of targets y (B, T) given inputs x (B, T); targets of -100 do not count."""
+    with autocast(device):
+        logits = model(x)
+    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-100)
+
+
+def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0):
+    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
+
+    Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
+    exactly where an interrupted run of the same settings was saved.
+    """
+    device, steps = next(model.parameters()).device, settings["steps"]
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    first, losses = resume(partial, settings, trained, optimizers)
+    began, tokens, said = time.time(), 0, first
+    for step in range(first, steps):
+        factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
+        for optimizer, rates in zip(optimizers, peak):
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate * factor
+        x, y = (t.to(device) for t in batch(step))
+        loss = loss_of(model, x, y, device)
+        model.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
+        losses.append(loss.item())
+        if not math.isfinite(losses[-1] + norm.item()):
+            raise ValueError(f"loss or gradient is not finite at step {step + 1}; "
+                             f"try a smaller --lr than {settings['lr']}")
+        for optimizer in optimizers:
+            optimizer.step()
+        tokens += x.numel()
+        if step + 1 == steps or (step + 1) % max(1, steps // 10) == 0:
+            seconds = time.time() - began
+            left = seconds / (step + 1 - first) * (steps - step - 1)
+            print(f"  step {step + 1:5}/{steps}  loss {sum(losses[said:]) / (step + 1 - said):.3f}  "
+                  f"{tokens / seconds:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
+            said = step + 1
+        if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
+            save(partial, {"kind": "partial", "settings": settings, "step": step + 1, "losses": losses,
+                           "parameters": {name: p.detach() for name, p in trained.items()},
+                           "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    return losses
+
+
+def resume(partial, settings, trained, optimizers):
+    """(step, losses) to go on from: those of an interrupted run of the same settings, else 0 and none."""
+    if not partial.exists():
+        return 0, []
+    state = load(partial, "partial", "the same command again")
+    if state["settings"] != settings:
+        return 0, []
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(state["parameters"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    print(f"  going on from step {state['step']} of an interrupted run")
+    return state["step"], state["losses"]
+
+
+def reusable(path, kind, settings):
+    """Whether `path` holds this stage's result for exactly these settings; if so, say it."""
+    try:
+        same = path.exists() and load(path, kind, "")["settings"] == settings
+    except ValueError:
+        same = False
+    if same:
+        print(f"{path} is up to date")
+    return same
+
+
+# ------------------------------------------------------------------------------------------------------------
+# pretrain
+
+def pretrain(args):
+    """Train the foundation on the mixture of `tasks.py`, unless out/foundation.pt was made with
+    the same settings."""
+    path = pathlib.Path(args.out) / "foundation.pt"
+    if args.width % args.heads:
+        raise ValueError(f"width is {args.width}; it must be a multiple of heads, {args.heads}")
+    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
+    config = dict(block_size=args.context, n_layer=args.layers, n_head=args.heads, n_embd=args.width)
+    settings = dict(config=config, steps=args.steps, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
+                    seed=args.seed, text=mixture.fingerprint())
+    if reusable(path, "foundation", settings):
+        return
+    device = pick_device()
+    torch.manual_seed(args.seed)
+    model = GPT(GPTConfig(**config)).to(device)
+    # Muon for the blocks' matrices reaches in half the tokens what AdamW alone reaches; AdamW for the rest
+    matrices = [p for name, p in model.named_parameters() if p.dim() == 2 and "transformer.h." in name]
+    others = [p for name, p in model.named_parameters() if not (p.dim() == 2 and "transformer.h." in name)]
+    optimizers = [torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.1, momentum=0.95),
+                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+
+    def batch(step):
+        rng = random.Random(f"pretrain {args.seed} {step}")
+        rows = torch.tensor([mixture.row(rng, args.context + 1) for _ in range(args.batch)])
+        return rows[:, :-1], rows[:, 1:]
+
+    count = sum(p.numel() for p in model.parameters())
+    print(f"pretrain: {count:,} parameters, {args.steps} steps of {args.batch} x {args.context} tokens "
+          f"on {device}")
+    partial = path.with_suffix(".partial")
+    losses = fit(model, optimizers, batch, settings, partial, shape="linear")
+    save(path, {"kind": "foundation", "settings": settings, "losses": losses, "model": model.state_dict()})
+    partial.unlink(missing_ok=True)
+    print(f"{path} written")
+
+
+def load_foundation(out, device):
+    """(model, fingerprint of its weights)."""
+    saved = load(pathlib.Path(out) / "foundation.pt", "foundation", f"python train.py pretrain --out {out}")
+    model = GPT(GPTConfig(**saved["settings"]["config"]))
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), fingerprint(saved["model"])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# adapt
+
+def load_calibration(out, task, foundation):
+    path = pathlib.Path(out) / task / "calibration.pt"
+    made_by = f"python calibrate.py --task {task} --out {out}"
+    calibration = load(path, "calibration", made_by)
+    if calibration["settings"]["foundation"] != foundation:
+        raise ValueError(f"{path} belongs to another foundation; make it again with: {made_by}")
+    return calibration
+
+
+def start_adapters(model, method, calibration, r, scale, seed, lam, s_min):
+    """Add adapters that start as `method` says; returns SAdam's {A: (basis, gate)},
+    empty for a method without."""
+    start, spectral_steps = METHODS[method]
+    generator, spectral = torch.Generator().manual_seed(seed), {}
+    for name, layer in add_lora(model, r, scale).items():
+        m = calibration and {key: t.to(layer.weight.device) for key, t in calibration["layers"][name].items()}
+        layer.start(*start(layer.weight, r, scale, m, generator))
+        if spectral_steps:
+            spectral[layer.lora_A] = (m["basis"].float(), spectral_gate(m["eigvals"], lam, s_min).float())
+    return spectral
+
+
+def response_rows(items, encoding, length):
+    """(tokens, number of prompt tokens) of each item: <|endoftext|> prompt answer newline."""
+    rows = []
+    for item in items:
+        prompt = [encoding.eot_token] + encoding.encode_ordinary(item.prompt)
+        rows.append((prompt + encoding.encode_ordinary(item.answer + "\n"), len(prompt)))
+        if len(rows[-1][0]) > length + 1:
+            raise ValueError(f"an item of {len(rows[-1][0])} tokens does not fit the context of {length}: "
+                             f"{item.prompt!r}")
+    return rows
+
+
+def response_batch(rows):
+    """(x, y), each (B, T): inputs, and targets that count the response only."""
+    length = max(len(tokens) for tokens, _ in rows) - 1
+    x, y = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), -100)
+    for i, (tokens, prompt) in enumerate(rows):
+        x[i, :len(tokens) - 1] = torch.tensor(tokens[:-1])
+        y[i, prompt - 1:len(tokens) - 1] = torch.tensor(tokens[prompt:])
+    return x, y
+
+
+def run_folder(args):
+    return pathlib.Path(args.out) / args.task / f"{args.method}-lr{args.lr:g}-seed{args.seed}"
+
+
+def adapt(args):
+    """Teach the foundation a task, unless this run's adapter.pt was made with these settings and inputs."""
+    device, calibrated = pick_device(), needs_calibration(args.method)
+    args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
+    items = tasks.task_items(args.task, "train", args.examples)
+    model, foundation = load_foundation(args.out, device)
+    calibration = load_calibration(args.out, args.task, foundation) if calibrated else None
+    if args.batch > len(items):
+        raise ValueError(f"batch is {args.batch}; it must not exceed the {len(items)} training items")
+    settings = dict(foundation=foundation, calibration=calibration and calibration["settings"],
+                    task=args.task, method=args.method, rank=args.rank, scale=args.scale, lr=args.lr,
+                    steps=args.steps, batch=args.batch, examples=args.examples, seed=args.seed,
+                    lam=args.lam, s_min=args.s_min,
+                    text=tasks.fingerprint(item.prompt + item.answer for item in items))
+    path = run_folder(args) / "adapter.pt"
+    if reusable(path, "adapter", settings):
+        return path
+    spectral = start_adapters(model, args.method, calibration, args.rank, args.scale, args.seed,
+                              args.lam, args.s_min)
+    optimizer = SAdam(lora_parameters(model).values(), spectral, lr=args.lr)
+    rows = response_rows(items, tasks.byte_encoding(), model.config.block_size)
+
+    def batch(step):
+        return response_batch(random.Random(f"adapt {args.seed} {step}").sample(rows, args.batch))
+
+    print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
+          f"{args.steps} steps on {device}")
+    partial = path.with_suffix(".partial")
+    losses = fit(model, [optimizer], batch, settings, partial)
+    save(path, {"kind": "adapter", "settings": settings, "losses": losses,
+                "lora": {name: t for name, t in model.state_dict().items() if "lora_" in name}})
+    partial.unlink(missing_ok=True)
+    print(f"{path} written")
+    return path
+
+
+def load_adapter(path, out, device):
+    """(model with the adapter of `path`, its settings)."""
+    saved = load(path, "adapter", "python train.py adapt")
+    model, foundation = load_foundation(out, device)
+    if saved["settings"]["foundation"] != foundation:
+        raise ValueError(f"{path} belongs to another foundation; make it again with: python train.py adapt")
+    lora = saved["lora"]
+    for name, layer in add_lora(model, saved["settings"]["rank"], saved["settings"]["scale"]).items():
+        layer.start(lora[f"{name}.lora_A0"], lora[f"{name}.lora_B0"])
+    model.load_state_dict(lora, strict=False)
+    return model, saved["settings"]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The command line
+
+def command(main):
+    """Run a command: what a user got wrong is one line and exit status 2, not a traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(130)
+
+
+def positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return value
+
+
+def parser():
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = top.add_subparsers(required=True, metavar="pretrain | adapt")
+    p = commands.add_parser("pretrain", help="train the small foundation", formatter_class=formatter)
+    p.set_defaults(run=pretrain)
+    p.add_argument("--steps", type=positive, default=2300)
+    p.add_argument("--batch", type=positive, default=16, help="rows a step")
+    p.add_argument("--context", type=positive, default=128, help="tokens a row")
+    p.add_argument("--layers", type=positive, default=4)
+    p.add_argument("--heads", type=positive, default=4)
+    p.add_argument("--width", type=positive, default=128)
+    p.add_argument("--lr", type=float, default=6e-3,
+                   help="AdamW's peak learning rate (embeddings, biases, norms)")
+    p.add_argument("--muon-lr", type=float, default=0.015, help="Muon's peak learning rate (matrices)")
+    a = commands.add_parser("adapt", help="fine-tune the foundation on a task", formatter_class=formatter)
+    a.set_defaults(run=adapt)
+    a.add_argument("--task", default="instruct", help=f"one of {', '.join(tasks.TASKS)}")
+    a.add_argument("--method", default="folora-top", help=f"one of {', '.join(METHODS)}")
+    a.add_argument("--lr", type=float,
+                   help="peak learning rate; default: the method's best, " + str(LEARNING_RATES))
+    a.add_argument("--rank", type=int, default=8, help="LoRA's rank r")
+    a.add_argument("--scale", type=float, default=1.0, help="κ in W = W_res + κBA")
+    a.add_argument("--steps", type=positive, default=200)
+    a.add_argument("--batch", type=positive, default=32, help="items a step")
+    a.add_argument("--examples", type=positive, default=2000, help="training items")
+    a.add_argument("--lam", type=float, default=1.0, help="λ of the gate γ/(γ + λ)")
+    a.add_argument("--s-min", type=float, default=0.3, help="the smallest gate")
+    for sub in p, a:
+        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--out", default="out", help="folder for all results")
+    return top
+
+
+def main(argv=None):
+    args = parser().parse_args(argv)
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    command(main)
