@@ -57,8 +57,9 @@ class SecondMoment:
 def normalise(C_pre, C_task):
     """Divide both moments by tr(C_pre)/d_in, the mean square of inputs on pretraining text: dimensionless."""
     mean_square = C_pre.diagonal().mean()
-    if not mean_square > 0:
-        raise ValueError("C_pre has no energy (trace 0): this layer's input was zero on every sample")
+    if not 0 < mean_square < math.inf:
+        raise ValueError(f"C_pre has a mean diagonal of {mean_square}; a layer whose input is zero on every sample, "
+                         "or not finite, cannot be calibrated")
     return C_pre / mean_square, C_task / mean_square
 
 
@@ -120,7 +121,7 @@ def generalized_eigh(C_task, H):
 
 
 def spectral_gate(eigvals, lam=1.0, s_min=0.3):
-    """s̃ = max(γ/(γ + λ), s_min) in [s_min, 1): how much of Adam's step each direction takes (Eq. 22)."""
+    """s̃ = max(γ/(γ + λ), s_min) in [s_min, 1]: how much of Adam's step each direction takes (Eq. 22)."""
     if not 0 < lam < math.inf:
         raise ValueError(f"lam is {lam}; λ must be a positive number, "
                          "1 is the break-even of utility and penalty")
@@ -183,12 +184,14 @@ class SAdam(torch.optim.Optimizer):
         if not lr >= 0:
             raise ValueError(f"lr is {lr}; the learning rate must not be negative")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.spectral = spectral or {}
+        self.spectral = {A: (V.to(A), gate.to(A)) for A, (V, gate) in (spectral or {}).items()}
+        known = {p for group in self.param_groups for p in group["params"]}
         for A, (V, gate) in self.spectral.items():
-            if V.shape != (A.shape[1],) * 2 or gate.shape != A.shape[1:]:
-                raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit "
-                                 f"a parameter of shape {tuple(A.shape)}; "
-                                 "they must be (d_in, d_in) and (d_in,)")
+            if A not in known:
+                raise ValueError(f"spectral holds a parameter of shape {tuple(A.shape)} that is not among params")
+            if A.dim() != 2 or V.shape != (A.shape[1],) * 2 or gate.shape != A.shape[1:]:
+                raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit a parameter of "
+                                 f"shape {tuple(A.shape)}; they must be (d_in, d_in) and (d_in,)")
 
     @torch.no_grad()
     def step(self, closure=None):

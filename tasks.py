@@ -275,13 +275,13 @@ def run_arithmetic(source, x=0):
 
 def instruct_item(rng):
     """An instruction with a constraint that a checker can verify; six families."""
-    w, n, family = rng.choice(WORDS), rng.randint(2, 4), rng.choice([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5])
+    w, family = rng.choice(WORDS), rng.choice([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5])
     name, sign = rng.choice([("exclamation mark", "!"), ("question mark", "?"), ("dot", "."), ("star", "*")])
     a = "an" if name.startswith("e") else "a"
     if family == 0:
         return exact(TEMPLATE.format(f"Write {w} in capital letters and end with {a} {name}."), w.upper() + sign)
     if family == 1:
-        return exact(TEMPLATE.format(f"Write {w} {n} times, separated by {a} {name}."), sign.join([w] * n))
+        return exact(TEMPLATE.format(f"Write {w} twice, separated by {a} {name}."), w + sign + w)
     if family == 2:
         return exact(TEMPLATE.format(f"Write {w} backwards and end with {a} {name}."), w[::-1] + sign)
     if family == 3:
@@ -290,16 +290,11 @@ def instruct_item(rng):
     if family == 4:
         return exact(TEMPLATE.format(f"Spell {w} in capital letters, with {a} {name} after each."),
                      "".join(c + sign for c in w.upper()))
-    letter = rng.choice([c for c in "abcdefghijklmnoprstw" if sum(v.startswith(c) for v in WORDS) >= 4])
-    n = rng.randint(2, 3)
+    letter = w[0]
 
-    def check(said):  # any distinct words will do
-        found = said.strip().removesuffix(sign).split(" ")
-        return (said.strip().endswith(sign) and len(found) == n == len(set(found))
-                and all(re.fullmatch(f"{letter}[a-z]+", v) for v in found))
-    answer = " ".join(rng.sample([v for v in WORDS if v.startswith(letter)], n)) + sign
-    return Item(TEMPLATE.format(f"Write {n} different words that start with {letter} and end with {a} {name}."),
-                answer, check)
+    def check(said):  # any word will do
+        return bool(re.fullmatch(rf"{letter}[a-z]+{re.escape(sign)}", said.strip()))
+    return Item(TEMPLATE.format(f"Write a word that starts with {letter} and end with {a} {name}."), w + sign, check)
 
 
 MAKERS = {"math": math_item, "code": code_item, "instruct": instruct_item}
