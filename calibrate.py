@@ -159,10 +159,10 @@ def calibrate(args):
     limits = {key: getattr(args, key) for key in ("min_tokens", "max_run", "min_unique", "unique_from",
                                                   "min_unique_fours", "fours_from")}
     max_new = model.config.block_size if args.max_new is None else args.max_new
-    text = tasks.fingerprint(item.prompt for item in queries)
+    queries = [item.prompt + (item.answer + "\n" if args.answers else "") for item in queries]
     settings = dict(foundation=foundation, task=args.task, samples=args.samples, queries=args.queries,
                     min_new=args.min_new, max_new=max_new, limits=limits, tau=args.tau, seed=args.seed,
-                    text=text)
+                    text=tasks.fingerprint(queries))
     if reusable(path, "calibration", settings):
         return
     damped(torch.eye(1), args.tau)  # a bad τ is better known before the sampling
@@ -175,7 +175,7 @@ def calibrate(args):
         print("  |", repr(encoding.decode(tokens)))
     C_pre = second_moments(model, [([encoding.eot_token] + tokens)[:model.config.block_size]
                                    for tokens in samples])
-    prompts = [[encoding.eot_token] + encoding.encode_ordinary(item.prompt) for item in queries]
+    prompts = [[encoding.eot_token] + encoding.encode_ordinary(query) for query in queries]
     C_task = second_moments(model, prompts)
     for name, used in ("samples", samples), ("queries", prompts):
         if sum(map(len, used)) < 4 * model.config.n_embd:
@@ -191,10 +191,12 @@ def calibrate(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", default="instruct", help=f"one of {', '.join(tasks.TASKS)}")
+    p.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}")
     p.add_argument("--samples", type=positive, default=2000,
                    help="texts that the foundation writes, for C_pre")
     p.add_argument("--queries", type=positive, default=256, help="task prompts, for C_task")
+    p.add_argument("--answers", action="store_true",
+                   help="C_task from the prompts with their answers; the paper takes the prompts alone")
     p.add_argument("--tau", type=float, default=0.01,
                    help="damping of C_pre, relative to the mean square of an input")
     p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")

@@ -163,13 +163,13 @@ def main_job(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", default="instruct", help=f"one of {', '.join(tasks.TASKS)}")
+    p.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}")
     p.add_argument("--methods", nargs="+", default=METHODS, help="methods to adapt with")
     p.add_argument("--split", default="test", choices=["valid", "test"],
                    help="valid: for choosing settings; test: for reporting")
     for stage in "pretrain", "calibrate", "adapt":
         p.add_argument(f"--{stage}", default="", metavar="OPTIONS",
-                       help=f'options for that stage, as in --{stage} "--seed 1"')
+                       help=f'options for that stage, as in --{stage}="--seed 1"')
     p.add_argument("--out", default="out", help="folder for all results")
     return p
 

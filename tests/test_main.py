@@ -74,7 +74,7 @@ def test_a_stage_whose_settings_changed_is_made_again(out, tmp_path, capsys):
     evaluation.main(["--task", "code", "--methods", "lora", "folora", "--pretrain", PRETRAIN,
                      "--adapt", ADAPT, "--calibrate", CALIBRATE + " --tau 0.5", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "foundation.pt is up to date" in said and "lora-lr0.003-seed0/adapter.pt is up to date" in said
+    assert "foundation.pt is up to date" in said and "lora-lr0.005-seed0/adapter.pt is up to date" in said
     assert "calibration.pt written" in said
     assert f"folora-lr{train.LEARNING_RATES['folora']:g}-seed0/adapter.pt written" in said
 

@@ -153,7 +153,7 @@ def test_what_is_saved_is_loaded_and_what_is_broken_is_named(tmp_path):
         save(path, {"kind": "adapter", "t": (i for i in range(3))})
     assert load(path, "adapter", "")["t"].tolist() == [0, 1, 2] and list(path.parent.iterdir()) == [path]
     whole = path.read_bytes()
-    for broken in whole[:-50], whole[:10], b"", pickle.dumps({"kind": print}):
+    for broken in whole[:-50], whole[:10], b"", pickle.dumps({"kind": print}, protocol=2):
         path.write_bytes(broken)
         with pytest.raises(ValueError, match="cannot be read.*make it again with: python"):
             load(path, "adapter", "python train.py adapt")
