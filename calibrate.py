@@ -154,12 +154,11 @@ def calibrate(args):
     and foundation."""
     device, encoding = pick_device(), tasks.byte_encoding()
     path = pathlib.Path(args.out) / args.task / "calibration.pt"
-    queries = tasks.task_items(args.task, "train", args.queries)
+    queries = [item.prompt for item in tasks.task_items(args.task, "train", args.queries)]
     model, foundation = load_foundation(args.out, device)
     limits = {key: getattr(args, key) for key in ("min_tokens", "max_run", "min_unique", "unique_from",
                                                   "min_unique_fours", "fours_from")}
     max_new = model.config.block_size if args.max_new is None else args.max_new
-    queries = [item.prompt + (item.answer + "\n" if args.answers else "") for item in queries]
     settings = dict(foundation=foundation, task=args.task, samples=args.samples, queries=args.queries,
                     min_new=args.min_new, max_new=max_new, limits=limits, tau=args.tau, seed=args.seed,
                     text=tasks.fingerprint(queries))
@@ -195,8 +194,6 @@ def parser():
     p.add_argument("--samples", type=positive, default=2000,
                    help="texts that the foundation writes, for C_pre")
     p.add_argument("--queries", type=positive, default=256, help="task prompts, for C_task")
-    p.add_argument("--answers", action="store_true",
-                   help="C_task from the prompts with their answers; the paper takes the prompts alone")
     p.add_argument("--tau", type=float, default=0.01,
                    help="damping of C_pre, relative to the mean square of an input")
     p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")
