@@ -58,8 +58,8 @@ def normalise(C_pre, C_task):
     """Divide both moments by tr(C_pre)/d_in, the mean square of inputs on pretraining text: dimensionless."""
     mean_square = C_pre.diagonal().mean()
     if not 0 < mean_square < math.inf:
-        raise ValueError(f"C_pre has a mean diagonal of {mean_square}; a layer whose input is zero on every sample, "
-                         "or not finite, cannot be calibrated")
+        raise ValueError(f"C_pre has a mean diagonal of {mean_square}; a layer whose input is zero on every "
+                         "sample, or not finite, cannot be calibrated")
     return C_pre / mean_square, C_task / mean_square
 
 
@@ -188,10 +188,10 @@ class SAdam(torch.optim.Optimizer):
         known = {p for group in self.param_groups for p in group["params"]}
         for A, (V, gate) in self.spectral.items():
             if A not in known:
-                raise ValueError(f"spectral holds a parameter of shape {tuple(A.shape)} that is not among params")
+                raise ValueError(f"spectral holds a parameter of shape {tuple(A.shape)} not among params")
             if A.dim() != 2 or V.shape != (A.shape[1],) * 2 or gate.shape != A.shape[1:]:
-                raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit a parameter of "
-                                 f"shape {tuple(A.shape)}; they must be (d_in, d_in) and (d_in,)")
+                raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit a parameter "
+                                 f"of shape {tuple(A.shape)}; they must be (d_in, d_in) and (d_in,)")
 
     @torch.no_grad()
     def step(self, closure=None):

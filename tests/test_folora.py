@@ -603,6 +603,8 @@ def test_sadam_refuses_a_basis_that_does_not_fit(V, gate):
     A = torch.ones(2, 4).requires_grad_()
     with pytest.raises(ValueError, match="basis .* gate"):
         SAdam([A], {A: (torch.ones(V), torch.ones(gate))})
+    with pytest.raises(ValueError, match="not among params"):
+        SAdam([A], {torch.ones(2, 4): (torch.eye(4), torch.ones(4))})
     for lr in -1e-3, math.nan:
         with pytest.raises(ValueError, match="lr"):
             SAdam([A], lr=lr)
