@@ -164,8 +164,8 @@ class PretrainingMixture:
 
     def fingerprint(self):
         """Changes whenever the text would: another Python version, another edit of this file."""
-        return fingerprint([self.short_document(random.Random(i), kind) for kind in self.DOCUMENTS for i in range(200)]
-                           + [repr((self.facts, self.ROWS, self.DOCUMENTS))]
+        some = [self.short_document(random.Random(i), kind) for kind in self.DOCUMENTS for i in range(200)]
+        return fingerprint(some + [repr((self.facts, self.ROWS, self.DOCUMENTS))]
                            + [library_text(kind)[0] for kind in self.chunks])
 
 
@@ -279,7 +279,8 @@ def instruct_item(rng):
     name, sign = rng.choice([("exclamation mark", "!"), ("question mark", "?"), ("dot", "."), ("star", "*")])
     a = "an" if name.startswith("e") else "a"
     if family == 0:
-        return exact(TEMPLATE.format(f"Write {w} in capital letters and end with {a} {name}."), w.upper() + sign)
+        return exact(TEMPLATE.format(f"Write {w} in capital letters and end with {a} {name}."),
+                     w.upper() + sign)
     if family == 1:
         return exact(TEMPLATE.format(f"Write {w} twice, separated by {a} {name}."), w + sign + w)
     if family == 2:
@@ -294,7 +295,8 @@ def instruct_item(rng):
 
     def check(said):  # any word will do
         return bool(re.fullmatch(rf"{letter}[a-z]+{re.escape(sign)}", said.strip()))
-    return Item(TEMPLATE.format(f"Write a word that starts with {letter} and end with {a} {name}."), w + sign, check)
+    return Item(TEMPLATE.format(f"Write a word that starts with {letter} and end with {a} {name}."),
+                w + sign, check)
 
 
 MAKERS = {"math": math_item, "code": code_item, "instruct": instruct_item}
