@@ -194,3 +194,16 @@ def test_help(script):
     name, *command = script.split()
     done = subprocess.run([sys.executable, ROOT / name, *command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage" in done.stdout
+
+
+def test_response_batch_by_hand():
+    """Inputs are the row without its last token; only the response's tokens are targets."""
+    x, y = train.response_batch([([9, 1, 2, 3, 4], 3), ([9, 5, 6], 1)])
+    assert x.tolist() == [[9, 1, 2, 3], [9, 5, 0, 0]]
+    assert y.tolist() == [[-100, -100, 3, 4], [5, 6, -100, -100]]
+
+
+def test_learning_rate_by_hand():
+    """Up over the warm-up, then down to zero along a line or a cosine."""
+    assert [train.learning_rate(step, 6, 2, "linear") for step in range(6)] == [0.5, 1, 1, 0.75, 0.5, 0.25]
+    assert train.learning_rate(4, 6, 2, "cosine") == pytest.approx(0.5)
