@@ -151,9 +151,13 @@ def pretrain(args):
 
 def load_foundation(out, device):
     """(model, fingerprint of its weights)."""
-    saved = load(pathlib.Path(out) / "foundation.pt", "foundation", f"python train.py pretrain --out {out}")
-    model = GPT(GPTConfig(**saved["settings"]["config"]))
-    model.load_state_dict(saved["model"])
+    path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
+    saved = load(path, "foundation", made_by)
+    try:
+        model = GPT(GPTConfig(**saved["settings"]["config"]))
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, RuntimeError):  # names or shapes that are not this model's
+        raise ValueError(f"{path} does not fit this model; delete it and make it again with: {made_by}")
     return model.to(device).eval(), fingerprint(saved["model"])
 
 

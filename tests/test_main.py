@@ -177,6 +177,8 @@ def test_files_that_do_not_belong_are_refused(out, tmp_path, capsys):
     foundation = copy / "foundation.pt"
     foundation.write_bytes(foundation.read_bytes()[:1000])
     assert "foundation.pt cannot be read" in failing(capsys, calibrate.main, f"--task code --out {copy}")
+    model_module.save(foundation, {"kind": "foundation", "settings": {"config": {}}, "model": {}})
+    assert "does not fit this model" in failing(capsys, calibrate.main, f"--task code --out {copy}")
     foundation.write_bytes((copy / "code" / "calibration.pt").read_bytes())
     assert "is not a foundation" in failing(capsys, calibrate.main, f"--task code --out {copy}")
 

@@ -1,4 +1,5 @@
 """The model: one transformer, cached or not, padded or not; LoRA that changes nothing until it learns."""
+import pathlib
 import pickle
 
 import pytest
@@ -159,6 +160,23 @@ def test_what_is_saved_is_loaded_and_what_is_broken_is_named(tmp_path):
             load(path, "adapter", "python train.py adapt")
     with pytest.raises(ValueError, match="is missing; make it with: python"):
         load(tmp_path / "none.pt", "adapter", "python train.py adapt")
+
+
+class Bomb:
+    """What a hostile checkpoint holds: unpickling it runs a command."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.target,)
+
+
+def test_loading_executes_nothing(tmp_path):
+    torch.save({"kind": "adapter", "t": Bomb(tmp_path / "executed")}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match="cannot be read"):
+        load(tmp_path / "x.pt", "adapter", "")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_every_linear_of_the_blocks_is_found():
