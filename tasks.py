@@ -59,8 +59,11 @@ def library_text(kind):
     """(training text, held-out text) of kind "prose" or "source", about a tenth held out.
     Differs between Python versions."""
     if kind == "prose":
-        import pydoc_data.topics
-        parts = [text for _, text in sorted(pydoc_data.topics.topics.items())]
+        try:
+            from pydoc_data.topics import topics
+        except ImportError:  # a cut-down Python
+            topics = {}
+        parts = [text for _, text in sorted(topics.items())]
     else:
         files = sorted(pathlib.Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         parts = [f.read_text(encoding="utf8", errors="replace") for f in files]

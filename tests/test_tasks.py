@@ -1,5 +1,6 @@
 """The text: every item's own answer passes its check, splits do not leak, model output is never executed."""
 import random
+import sys
 import time
 
 import pytest
@@ -108,6 +109,8 @@ def test_unknown_task_is_named():
 def test_a_python_without_sources_is_told(monkeypatch):
     tasks.library_text.cache_clear()
     monkeypatch.setattr(tasks.sysconfig, "get_paths", lambda: {"stdlib": "/nowhere"})
-    with pytest.raises(ValueError, match="ships no source to learn from"):
-        tasks.library_text("source")
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    for kind in "source", "prose":
+        with pytest.raises(ValueError, match=f"ships no {kind} to learn from"):
+            tasks.library_text(kind)
     tasks.library_text.cache_clear()
