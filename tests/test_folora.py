@@ -704,7 +704,7 @@ def test_methods_are_known_by_name():
     W0, C_pre, basis = normal(0)(3, 4), torch.diag(f64([1.0, 0.0, 2.0, 3.0])), invertible(4, 0)
     m = {"C_pre": C_pre, "C_task": C_pre.flip(0, 1), "basis": basis, "eigvals": torch.ones(4)}
     for method, start, moment in ("folora", null_space_start, C_pre), ("folora-top", leading_start, basis):
-        A0, _ = METHODS[method][0](W0, 2, 1.0, m, None)
-        assert torch.equal(A0, start(W0, moment, 2)[0])
+        pair = METHODS[method][0](W0, 2, 4.0, m, None)
+        assert all(torch.equal(a, b) for a, b in zip(pair, start(W0, moment, 2, 4.0), strict=True))
     with pytest.raises(ValueError, match="unknown method 'dora'.*folora"):
         needs_calibration("dora")
