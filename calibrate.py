@@ -107,13 +107,14 @@ def second_moments(model, rows, batch=64):
     device, layers = model.lm_head.weight.device, block_linears(model)
     moments = {name: SecondMoment(layer.in_features, device) for name, layer in layers.items()}
     rows = sorted(rows, key=len)  # rows of like length together: less padding
-    for first in range(0, len(rows), batch):
-        chunk = rows[first:first + batch]
-        x, mask = (torch.zeros(len(chunk), len(chunk[-1]), dtype=dtype) for dtype in (torch.long, torch.bool))
-        for i, row in enumerate(chunk):
-            x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
-        x, mask = x.to(device), mask.to(device)
-        with watching(layers, lambda name, activations: moments[name].add(activations, mask)):
+    with watching(layers, lambda name, activations: moments[name].add(activations, mask)):  # the batch's mask
+        for first in range(0, len(rows), batch):
+            chunk = rows[first:first + batch]
+            x = torch.zeros(len(chunk), len(chunk[-1]), dtype=torch.long)
+            mask = torch.zeros(x.shape, dtype=torch.bool)
+            for i, row in enumerate(chunk):
+                x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
+            x, mask = x.to(device), mask.to(device)
             model(x)
     result = {}
     for name, moment in moments.items():

@@ -10,7 +10,6 @@ target score, GM = √(Avg1·Avg2).
 import argparse
 import json
 import math
-import os
 import pathlib
 import platform
 import shlex
@@ -21,7 +20,7 @@ import torch
 import calibrate
 import tasks
 import train
-from model import fingerprint, generate, merge_lora, pick_device
+from model import fingerprint, generate, merge_lora, pick_device, write_whole
 from train import command, load_adapter, load_foundation, loss_of
 
 METHODS = ["lora", "folora", "folora-top"]  # the main job's
@@ -56,7 +55,7 @@ def bits_per_byte(model, kind, split, encoding):
     """Mean cross-entropy on held-out rows, in bits per byte."""
     rows = torch.tensor(tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1))
     rows = rows.to(model.lm_head.weight.device)
-    nats = loss_of(model, rows[:, :-1], rows[:, 1:], rows.device).item()
+    nats = loss_of(model, rows[:, :-1], rows[:, 1:]).item()
     return {"score": nats / math.log(2), "n": len(rows)}
 
 
@@ -67,7 +66,7 @@ def evaluate(model, items, split):
     target = scores.pop("target")
     avg1 = sum(kept["score"] for kept in scores.values()) / len(scores)
     return {"target": target, "kept": scores,
-            "text": {kind: bits_per_byte(model, kind, split, encoding) for kind in ("prose", "source")},
+            "text": {kind: bits_per_byte(model, kind, split, encoding) for kind in tasks.LIBRARY},
             "Avg1": avg1, "Avg2": target["score"], "GM": math.sqrt(avg1 * target["score"])}
 
 
@@ -91,10 +90,7 @@ def scores_of(path, model, task, split):
 
 
 def write_json(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1))
-    os.replace(temporary, path)
+    write_whole(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,7 +104,7 @@ def table(results):
     head += [f"{kind} ({k['n']})" for kind, k in first["kept"].items()]
     lines = [head + [f"{kind} b/B" for kind in first["text"]] + ["Avg1", "Avg2", "GM"]]
     for name, r in results.items():
-        lines.append([name] + [f"{r['target']['score']:.1f}"]
+        lines.append([name, f"{r['target']['score']:.1f}"]
                      + [f"{k['score']:.1f}" for k in r["kept"].values()]
                      + [f"{t['score']:.2f}" for t in r["text"].values()]
                      + [f"{r[key]:.1f}" for key in ("Avg1", "Avg2", "GM")])
@@ -126,8 +122,7 @@ def print_wrong(name, scores):
 
 def main_job(args):
     """Run every stage that is missing, then print the table; returns {model name: scores}."""
-    if args.task not in tasks.TASKS:
-        raise ValueError(f"unknown task {args.task!r}; the tasks are {', '.join(tasks.TASKS)}")
+    tasks.task_items(args.task, args.split, tasks.HELD_OUT)  # an unknown task is better known at once
     began, out, folder = time.time(), ["--out", args.out], pathlib.Path(args.out) / args.task
 
     def stage(title):
@@ -147,7 +142,7 @@ def main_job(args):
     results = {"foundation": scores_of(folder / f"foundation-{args.split}.json",
                                        load_foundation(args.out, device)[0], args.task, args.split)}
     for method, path in runs.items():
-        model, _ = load_adapter(path, args.out, device)
+        model = load_adapter(path, args.out, device)
         merge_lora(model)
         results[method] = scores_of(path.with_name(f"{args.split}.json"), model, args.task, args.split)
     for name, scores in results.items():

@@ -190,8 +190,9 @@ class SAdam(torch.optim.Optimizer):
             if A not in known:
                 raise ValueError(f"spectral holds a parameter of shape {tuple(A.shape)} not among params")
             if A.dim() != 2 or V.shape != (A.shape[1],) * 2 or gate.shape != A.shape[1:]:
-                raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit a parameter "
-                                 f"of shape {tuple(A.shape)}; they must be (d_in, d_in) and (d_in,)")
+                raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit a "
+                                 f"parameter of shape {tuple(A.shape)}; "
+                                 "they must be (d_in, d_in) and (d_in,)")
 
     @torch.no_grad()
     def step(self, closure=None):

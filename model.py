@@ -8,11 +8,10 @@ Shapes: B rows of a batch, T tokens, C = n_embd, nh heads of hs = C / nh channel
 Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGPT,
 https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 """
-import contextlib
 import hashlib
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -59,7 +58,7 @@ class CausalSelfAttention(nn.Module):
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2) for y in self.c_attn(x).split(C, dim=2))
         if cache is None:
             # the CPU's fused attention kernel is three times slower backwards in bf16 than in float32
-            with torch.autocast("cpu", enabled=False) if x.device.type == "cpu" else contextlib.nullcontext():
+            with torch.autocast("cpu", enabled=False):  # says nothing about a GPU
                 if x.device.type == "cpu":
                     q, k, v = q.float(), k.float(), v.float()
                 y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -281,18 +280,23 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-def save(path, content):
-    """Write a checkpoint whole or not at all: under a temporary name first, then renamed."""
+def write_whole(path, write):
+    """Make `path` by write(file), whole or not at all: under a temporary name first, then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as f:
-            torch.save(content, f)
+            write(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save(path, content):
+    """Write a checkpoint: a dict of tensors and plain values, with its "kind" and "settings"."""
+    write_whole(path, lambda f: torch.save(content, f))
 
 
 def load(path, kind, made_by):

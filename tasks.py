@@ -24,7 +24,7 @@ import numpy as np
 import tiktoken
 
 EOT = "<|endoftext|>"
-TASKS = ("math", "code", "instruct")
+LIBRARY = ("prose", "source")  # the text that ships with Python
 TEMPLATE = "### Instruction:\n{}\n### Response:\n"  # one template for all tasks
 QUESTION = "Question: {}\nAnswer: "                 # another one for the facts
 WORDS = ("apple army baker basket bird boat bridge camel candle castle corn dance door dream duck eagle "
@@ -40,6 +40,7 @@ JOBS = ("actor baker carpenter dentist engineer farmer gardener hunter judge law
         "pilot sailor singer teacher tailor waiter writer").split()
 
 
+@functools.cache
 def byte_encoding():
     """GPT-2's tokenizer interface over plain bytes: tokens 0..255 are bytes, 256 is <|endoftext|>."""
     return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([i]): i for i in range(256)},
@@ -141,13 +142,17 @@ class PretrainingMixture:
     Every document of every kind starts with <|endoftext|>: sampling from that token alone must reach all of
     them, or the calibration never sees them and fine-tuning forgets them.
     """
-    ROWS = {"prose": 0.45, "source": 0.08, "short": 0.47}                         # share of the rows
+    ROWS = {"prose": 0.45, "source": 0.08, "short": 0.47}                       # shares of the rows
     DOCUMENTS = {"facts": 6, "lookup": 1, "sums": 3, "words": 2, "lambdas": 1}  # weights of short documents
 
     def __init__(self, encoding):
         self.encode, self.eot = encoding.encode_ordinary, encoding.eot_token
-        self.chunks = {kind: Chunks(library_text(kind)[0], self.encode) for kind in ("prose", "source")}
         self.facts = fact_items()
+
+    @functools.cached_property
+    def chunks(self):
+        """The library's tokens; made when a row is first drawn, since a run that is up to date draws none."""
+        return {kind: Chunks(library_text(kind)[0], self.encode) for kind in LIBRARY}
 
     def row(self, rng, length):
         """`length` tokens, the first of them <|endoftext|>."""
@@ -169,7 +174,7 @@ class PretrainingMixture:
         """Changes whenever the text would: another Python version, another edit of this file."""
         some = [self.short_document(random.Random(i), kind) for kind in self.DOCUMENTS for i in range(200)]
         return fingerprint(some + [repr((self.facts, self.ROWS, self.DOCUMENTS))]
-                           + [library_text(kind)[0] for kind in self.chunks])
+                           + [library_text(kind)[0] for kind in LIBRARY])
 
 
 def draw(rng, weights):
@@ -197,7 +202,7 @@ class Chunks:
 @dataclass(frozen=True)
 class Item:
     prompt: str
-    answer: str                   # one right answer, to learn from
+    answer: str                                          # one right answer, to learn from
     check: Callable[[str], bool] = field(compare=False)  # whether an answer is right
 
 
@@ -303,6 +308,7 @@ def instruct_item(rng):
 
 
 MAKERS = {"math": math_item, "code": code_item, "instruct": instruct_item}
+TASKS = tuple(MAKERS)
 SPLITS = ("test", "valid", "train")
 HELD_OUT = 200  # items of a task in "test", and as many in "valid"
 
@@ -340,6 +346,7 @@ def kept_items(kind, split, count=200):
     return [exact(*SKILLS[kind](rng)) for _ in range(count)]
 
 
+@functools.cache
 def held_out_rows(kind, split, encoding, length, most=256):
     """Rows of `length` tokens of held-out prose or source, for bits per byte, every second one for "valid".
 
