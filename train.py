@@ -216,6 +216,7 @@ def adapt(args):
     """Teach the foundation a task, unless this run's adapter.pt was made with these settings and inputs."""
     device, calibrated = pick_device(), needs_calibration(args.method)
     args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
+    spectral_gate(torch.ones(1), args.lam, args.s_min)  # a bad λ or s_min is better known before the work
     items = tasks.task_items(args.task, "train", args.examples)
     model, foundation = load_foundation(args.out, device)
     calibration = load_calibration(args.out, args.task, foundation) if calibrated else None

@@ -137,6 +137,7 @@ def failing(capsys, main, arguments):
     ("adapt --task code --method lora --rank 17", "rank is 17; a layer of"),
     ("adapt --task code --method folora --rank 0", "rank is 0; a layer of"),
     ("adapt --task code --method folora --lam 0", "lam is 0.0; λ must be a positive number"),
+    ("adapt --task code --method lora --lam -2", "lam is -2.0; λ must be a positive number"),
     ("adapt --task code --method folora --s-min 1.5", "s_min is 1.5; the smallest gate must lie in [0, 1]"),
     ("adapt --task code --method folora --s-min nan", "s_min is nan"),
     ("adapt --task code --method lora --lr -1", "lr is -1.0"),
