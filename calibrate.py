@@ -1,10 +1,12 @@
-"""Calibrate: let the foundation write text, measure what its layers read, solve for each layer's directions.
+"""Calibrate: let the foundation write text, and measure what its layers read on that text and on the task.
 
     python calibrate.py --task math      # out/math/calibration.pt, under a minute on 2 cores
 
 1. Sample: N texts from <|endoftext|> alone stand for the pretraining text, which nobody has (Sec. 3.4).
 2. Measure: the second moments C_pre of every linear layer's input on those texts, and C_task on task queries.
-3. Solve: C_task v = γ (C_pre + τI) v for each layer (Eq. 17).
+
+The first step and C_pre do not depend on the task: out/proxy.pt keeps them. `train.py adapt` solves
+C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
 """
 import argparse
 import collections
@@ -14,11 +16,12 @@ import pathlib
 import random
 
 import torch
+from torch.nn import functional as F
 
 import tasks
-from folora import SecondMoment, damped, generalized_eigh, normalise, spectral_gate
-from model import block_linears, generate, pick_device, save
-from train import command, load_foundation, positive, reusable
+from folora import SecondMoment, solve_layer, spectral_gate
+from model import block_linears, generate, load, pick_device, save
+from train import command, load_foundation, positive, response_batch, reusable
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -126,20 +129,92 @@ def second_moments(model, rows, batch=64):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Solve
+# The command
 
-def solve_layer(C_pre, C_task, tau):
-    """What `train.py adapt` needs of one layer: normalised moments (d_in, d_in), eigvals (d_in,)
-    and basis (d_in, d_in)."""
-    C_pre, C_task = normalise(C_pre, C_task)
-    eigvals, basis = generalized_eigh(C_task, damped(C_pre, tau))
-    return {"C_pre": C_pre.cpu(), "C_task": C_task.cpu(),
-            "eigvals": eigvals.cpu(), "basis": basis.float().cpu()}
+SOURCES = ("own", "mixture", "prose", "source", "facts")
+
+
+def proxy_rows(args, model, writer, encoding, limits):
+    """`args.samples` texts as token lists without <|endoftext|>: what `writer` writes (the foundation, or that
+    of another --out folder), or the model's true pretraining text, which in life nobody has, or one domain."""
+    eot, length = encoding.eot_token, model.config.block_size
+    if args.source in SOURCES[1:]:
+        mixture, rng = tasks.PretrainingMixture(encoding), random.Random(f"proxy {args.seed}")
+        if args.source != "mixture":
+            mixture.ROWS = {"short" if args.source == "facts" else args.source: 1}
+            mixture.DOCUMENTS = {"facts": 1}
+        return [mixture.row(rng, length + 1)[1:] for _ in range(args.samples)]
+    samples, rejected = sample_proxy(writer, args.samples, eot, limits, args.min_new,
+                                     args.max_new or writer.config.block_size, args.seed)
+    print(f"  accepted {len(samples)}, rejected {rejected.total()}: {dict(rejected) or 'none'}")
+    return samples
+
+
+def proxy(args, model, foundation):
+    """{"samples": (N, longest) int32 padded with -1, "C_pre": {layer: (d_in, d_in)}, "S_pre": {layer:
+    (d_out, d_out)}}, kept in out/."""
+    encoding = tasks.byte_encoding()
+    limits = {key: getattr(args, key) for key in ("min_tokens", "max_run", "min_unique", "unique_from",
+                                                  "min_unique_fours", "fours_from")}
+    writer, author = ((model, args.source) if args.source in SOURCES
+                      else load_foundation(args.source, model.lm_head.weight.device))
+    settings = dict(foundation=foundation, source=author, samples=args.samples, limits=limits,
+                    fisher_samples=args.fisher_samples, min_new=args.min_new, max_new=args.max_new, seed=args.seed)
+    path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
+    if reusable(path, "proxy", settings):
+        return load(path, "proxy", "python calibrate.py")
+    print(f"proxy: {args.samples} samples, source: {args.source}")
+    samples = proxy_rows(args, model, writer, encoding, limits)
+    for tokens in samples[:8]:
+        print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))
+    samples = [tokens[:model.config.block_size] for tokens in samples]
+    rows = [([encoding.eot_token] + tokens)[:model.config.block_size] for tokens in samples]
+    warn_of_few(rows, model, "samples")
+    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
+    content = {"kind": "proxy", "settings": settings, "samples": padded, "C_pre": second_moments(model, rows),
+               "S_pre": output_moments(model, [[encoding.eot_token] + t for t in samples[:args.fisher_samples]])}
+    save(path, content)
+    print(f"{path} written")
+    return content
+
+
+def output_moments(model, rows, batch=32):
+    """{layer name: S = E[δ δᵀ] (d_out, d_out) float64}, δ the gradient of the loss of `rows` (token lists, each
+    token in nats given those before it) at the layer's output. On the model's own samples S is, with C_pre, a
+    factor of the Fisher information: ½ Tr(S ΔW C_pre ΔWᵀ) is about how many nats per token ΔW moves the model
+    away from itself (K-FAC, arXiv 1503.05671)."""
+    device, layers = model.lm_head.weight.device, block_linears(model)
+    moments = {name: SecondMoment(layer.out_features, device) for name, layer in layers.items()}
+    model.requires_grad_(False)
+    first_input = model.transformer.wpe.weight.requires_grad_(True)  # δ reaches it through every layer
+
+    def see(name, output):
+        output.register_hook(lambda gradient: moments[name].add(gradient, mask))  # the batch's mask
+
+    handles = [layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, output))
+               for name, layer in layers.items()]
+    try:
+        rows = sorted(rows, key=len)
+        for first in range(0, len(rows), batch):
+            x, y = (t.to(device) for t in response_batch([(row, 1) for row in rows[first:first + batch]]))
+            mask = y != -100
+            loss = F.cross_entropy(model(x, only=mask), y[mask], reduction="sum")
+            torch.autograd.grad(loss, first_input)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: moment.mean() for name, moment in moments.items()}
+
+
+def warn_of_few(rows, model, name):
+    if sum(map(len, rows)) < 4 * model.config.n_embd:
+        print(f"  warning: {name} have fewer tokens than the widest layer has inputs; "
+              "τ carries the missing directions")
 
 
 def print_spectrum(layers):
-    """One line a layer: how many directions the foundation uses, and what the gate at λ = 1, s_min = 0.3
-    makes of γ."""
+    """One line a layer: how many directions the foundation uses, and what the gate makes of γ
+    at the default τ, λ and s_min."""
     print(f"{'layer':32} {'d_in':>5} {'used':>6} {'γ max':>8} {'median':>7} {'min':>8} "
           f"{'mean gate':>10} {'gate 0.3':>9}")
     for name, m in layers.items():
@@ -151,40 +226,25 @@ def print_spectrum(layers):
 
 
 def calibrate(args):
-    """Sample, measure, solve, unless out/<task>/calibration.pt was made with the same settings
-    and foundation."""
-    device, encoding = pick_device(), tasks.byte_encoding()
-    path = pathlib.Path(args.out) / args.task / "calibration.pt"
+    """Sample and measure, unless out/<task>/calibration.pt was made with the same settings and foundation."""
+    encoding = tasks.byte_encoding()
+    if not args.name.startswith("calibration"):
+        raise ValueError(f"name is {args.name}; it must start with calibration, as in calibration-prose")
+    path = pathlib.Path(args.out) / args.task / f"{args.name}.pt"
     queries = [item.prompt for item in tasks.task_items(args.task, "train", args.queries)]
-    model, foundation = load_foundation(args.out, device)
-    limits = {key: getattr(args, key) for key in ("min_tokens", "max_run", "min_unique", "unique_from",
-                                                  "min_unique_fours", "fours_from")}
-    max_new = model.config.block_size if args.max_new is None else args.max_new
-    settings = dict(foundation=foundation, task=args.task, samples=args.samples, queries=args.queries,
-                    min_new=args.min_new, max_new=max_new, limits=limits, tau=args.tau, seed=args.seed,
-                    text=tasks.fingerprint(queries))
+    model, foundation = load_foundation(args.out, pick_device())
+    old = proxy(args, model, foundation)
+    settings = dict(old["settings"], task=args.task, queries=args.queries, text=tasks.fingerprint(queries))
     if reusable(path, "calibration", settings):
         return
-    damped(torch.eye(1), args.tau)  # a bad τ is better known before the sampling
-    print(f"calibrate: {args.samples} samples of the foundation for C_pre, "
-          f"{args.queries} queries of {args.task} for C_task")
-    samples, rejected = sample_proxy(model, args.samples, encoding.eot_token, limits, args.min_new, max_new,
-                                     args.seed)
-    print(f"  accepted {len(samples)}, rejected {rejected.total()}: {dict(rejected) or 'none'}")
-    for tokens in samples[:8]:
-        print("  |", repr(encoding.decode(tokens)))
-    C_pre = second_moments(model, [([encoding.eot_token] + tokens)[:model.config.block_size]
-                                   for tokens in samples])
+    print(f"calibrate: {args.queries} queries of {args.task} for C_task")
     prompts = [[encoding.eot_token] + encoding.encode_ordinary(query) for query in queries]
+    warn_of_few(prompts, model, "queries")
     C_task = second_moments(model, prompts)
-    for name, used in ("samples", samples), ("queries", prompts):
-        if sum(map(len, used)) < 4 * model.config.n_embd:
-            print(f"  warning: {name} have fewer tokens than the widest layer has inputs; "
-                  "τ carries the missing directions")
-    layers = {name: solve_layer(C_pre[name], C_task[name], args.tau) for name in C_pre}
-    print_spectrum(layers)
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
-    save(path, {"kind": "calibration", "settings": settings, "layers": layers, "samples": padded})
+    layers = {name: {"C_pre": C_pre.cpu(), "C_task": C_task[name].cpu(), "S_pre": old["S_pre"][name].cpu()}
+              for name, C_pre in old["C_pre"].items()}
+    print_spectrum({name: solve_layer(m["C_pre"], m["C_task"]) for name, m in layers.items()})
+    save(path, {"kind": "calibration", "settings": settings, "layers": layers, "samples": old["samples"]})
     print(f"{path} written")
 
 
@@ -194,9 +254,13 @@ def parser():
     p.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}")
     p.add_argument("--samples", type=positive, default=2000,
                    help="texts that the foundation writes, for C_pre")
+    p.add_argument("--fisher-samples", type=positive, default=500,
+                   help="so many of them for S_pre, which takes a backward pass")
     p.add_argument("--queries", type=positive, default=256, help="task prompts, for C_task")
-    p.add_argument("--tau", type=float, default=0.01,
-                   help="damping of C_pre, relative to the mean square of an input")
+    p.add_argument("--source", default="own",
+                   help="who writes the texts: own (the foundation); mixture, prose, source or facts (the "
+                        "true pretraining text, all or one domain); or another --out folder's foundation")
+    p.add_argument("--name", default="calibration", help="the file is out/<task>/<name>.pt")
     p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")
     p.add_argument("--max-new", type=positive, help="tokens a sample at most; default: the model's context")
     p.add_argument("--min-tokens", type=int, default=32, help="shorter samples are rejected")

@@ -1,7 +1,9 @@
-"""Evaluate: what was learnt, what was kept. Also the main job: every stage that is missing, then one table.
+"""Evaluate: what was learnt, what was kept. The main job, and the comparison of all methods.
 
     python eval.py                   # pretrain, calibrate, adapt with each method, evaluate: the whole story
     python eval.py --task math       # the same on another task; what is already under out/ is reused
+    python eval.py --compare         # every method, rate and seed; stop it and start it again as you like
+    python eval.py --report          # its tables and pictures, from what is on disk
 
 A target task is scored by its checker and kept knowledge by exact match, both on greedy answers (percent);
 held-out prose and source in bits per byte (lower is better). Avg1 is the mean of the kept scores, Avg2 the
@@ -20,10 +22,10 @@ import torch
 import calibrate
 import tasks
 import train
-from model import fingerprint, generate, merge_lora, pick_device, write_whole
-from train import command, load_adapter, load_foundation, loss_of
+from model import fingerprint, generate, pick_device, write_whole
+from train import command, load_adapter, load_foundation, loss_of, positive
 
-METHODS = ["lora", "folora", "folora-top"]  # the main job's
+METHODS = ["lora", "folora", "folora-kl"]  # the main job's
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -51,42 +53,54 @@ def score_items(model, items, encoding):
 
 
 @torch.inference_mode()
-def bits_per_byte(model, kind, split, encoding):
-    """Mean cross-entropy on held-out rows, in bits per byte."""
-    rows = torch.tensor(tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1))
+def bits_per_byte(model, kind, split, encoding, most):
+    """Mean cross-entropy on `most` held-out rows, in bits per byte."""
+    rows = torch.tensor(tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1)[:most])
     rows = rows.to(model.lm_head.weight.device)
     nats = loss_of(model, rows[:, :-1], rows[:, 1:]).item()
     return {"score": nats / math.log(2), "n": len(rows)}
 
 
-def evaluate(model, items, split):
+def evaluate(model, items, split, rows=256):
     """Scores of one model on items {"target" or kind: [Item]} and on held-out text, and their averages."""
     encoding = tasks.byte_encoding()
     scores = {kind: score_items(model, these, encoding) for kind, these in items.items()}
     target = scores.pop("target")
     avg1 = sum(kept["score"] for kept in scores.values()) / len(scores)
     return {"target": target, "kept": scores,
-            "text": {kind: bits_per_byte(model, kind, split, encoding) for kind in tasks.LIBRARY},
+            "text": {kind: bits_per_byte(model, kind, split, encoding, rows) for kind in tasks.LIBRARY},
             "Avg1": avg1, "Avg2": target["score"], "GM": math.sqrt(avg1 * target["score"])}
+
+
+def items_of(task, split, count=tasks.HELD_OUT):
+    """{"target" or kind: [Item]}, `count` of each that has so many."""
+    return {"target": tasks.task_items(task, split, tasks.HELD_OUT)[:count],
+            **{kind: tasks.kept_items(kind, split, count) for kind in tasks.KEPT[task]}}
 
 
 def scores_of(path, model, task, split):
     """Scores of a model, kept as JSON at `path` for as long as its weights and the items are the same."""
-    items = {"target": tasks.task_items(task, split, tasks.HELD_OUT),
-             **{kind: tasks.kept_items(kind, split) for kind in tasks.KEPT[task]}}
+    items = items_of(task, split)
     identity = {"model": fingerprint(model.state_dict()), "task": task, "split": split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
                 "python": platform.python_version()}
-    if path.exists():
-        try:
-            saved = json.loads(path.read_text())
-            if saved["identity"] == identity:
-                return saved
-        except (ValueError, KeyError, TypeError):
-            pass  # unreadable: made again
-    scores = {"identity": identity, **evaluate(model, items, split)}
-    write_json(path, scores)
-    return scores
+    return kept(path, identity, lambda: evaluate(model, items, split))
+
+
+def kept(path, identity, make=lambda: None):
+    """What stands in the JSON file `path` if it was made for `identity`, else make() it and keep it there."""
+    try:
+        found = json.loads(path.read_text())
+        if found["identity"] == identity:
+            return found
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # missing or unreadable: made again
+    content = make()
+    if content is None:
+        return None
+    content = {"identity": identity, **content}
+    write_json(path, content)
+    return content
 
 
 def write_json(path, content):
@@ -108,10 +122,15 @@ def table(results):
                      + [f"{k['score']:.1f}" for k in r["kept"].values()]
                      + [f"{t['score']:.2f}" for t in r["text"].values()]
                      + [f"{r[key]:.1f}" for key in ("Avg1", "Avg2", "GM")])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * width for width in widths])
-    rows = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))] for line in lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(lines[0], lines[1:])
+
+
+def markdown(head, rows):
+    """A markdown table with aligned columns."""
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    cells = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
+             for line in [head, ["-" * width for width in widths], *rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def print_wrong(name, scores):
@@ -142,9 +161,8 @@ def main_job(args):
     results = {"foundation": scores_of(folder / f"foundation-{args.split}.json",
                                        load_foundation(args.out, device)[0], args.task, args.split)}
     for method, path in runs.items():
-        model = load_adapter(path, args.out, device)
-        merge_lora(model)
-        results[method] = scores_of(path.with_name(f"{args.split}.json"), model, args.task, args.split)
+        results[method] = scores_of(path.with_name(f"{args.split}.json"),
+                                    load_adapter(path, args.out, device), args.task, args.split)
     for name, scores in results.items():
         print_wrong(name, scores)
     print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is better) on "
@@ -165,12 +183,23 @@ def parser():
     for stage in "pretrain", "calibrate", "adapt":
         p.add_argument(f"--{stage}", default="", metavar="OPTIONS",
                        help=f'options for that stage, as in --{stage}="--seed 1"')
+    p.add_argument("--compare", action="store_true", help="run what is missing of the comparison")
+    p.add_argument("--ablate", action="store_true", help="the same for the variants of FoLoRA")
+    p.add_argument("--report", action="store_true", help="tables and pictures of what is finished")
+    p.add_argument("--assets", help="with --report: folder for its pictures")
+    p.add_argument("--quick", action="store_true", help="with --compare: five methods, one seed")
+    p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, help="tasks of the comparison; default: all")
+    p.add_argument("--workers", type=positive, help="processes of the comparison; default: one a core")
     p.add_argument("--out", default="out", help="folder for all results")
     return p
 
 
 def main(argv=None):
-    return main_job(parser().parse_args(argv))
+    args = parser().parse_args(argv)
+    if args.compare or args.ablate or args.report:
+        import bench  # which itself uses this file
+        return bench.main(args)
+    return main_job(args)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ learning rate become free of the activations' units, and λ = 1 is the break-eve
 the task as on the base model's own text.
 """
 import math
+from dataclasses import dataclass
+from typing import Callable
 
 import torch
 
@@ -71,6 +73,18 @@ def forgetting_penalty(dA, H):
     return ((dA @ H) * dA).sum()
 
 
+def two_sided_penalty(P, G, S, C):
+    """½ Tr(S ΔW C ΔWᵀ) of ΔW = PG, P (d_out, k), G (k, d_in), in O(k d²): a scalar.
+
+    Eq. 6 asks how far outputs move. With S = E[δδᵀ] of the loss's gradients δ at these outputs it is also
+    asked how much the model depends on them. On the model's own text C ⊗ S is its Fisher information in
+    K-FAC's approximation (arXiv 1503.05671), and this is the KL divergence of the adapted model from the
+    base model in nats per token, to second order and layer by layer. As a penalty against forgetting: Ritter
+    et al., arXiv 1805.07810.
+    """
+    return ((P.T @ S @ P) * (G @ C @ G.T)).sum() / 2
+
+
 def task_utility(dA, C_task):
     """U(ΔA) = Tr(ΔA C_task ΔAᵀ) for dA (r, d_in), C_task (d_in, d_in): a scalar."""
     return ((dA @ C_task) * dA).sum()
@@ -118,6 +132,15 @@ def generalized_eigh(C_task, H):
     eigvals, Q = torch.linalg.eigh(whiten(C_task, L))
     basis = torch.linalg.solve_triangular(L.T, Q, upper=True)
     return eigvals.flip(0), basis.flip(1)
+
+
+def solve_layer(C_pre, C_task, tau=0.01):
+    """A layer's directions from its raw second moments (d_in, d_in): the normalised C_pre and C_task,
+    H = C_pre + τI, eigvals (d_in,) and basis (d_in, d_in), all float64."""
+    C_pre, C_task = normalise(C_pre, C_task)
+    H = damped(C_pre, tau)
+    eigvals, basis = generalized_eigh(C_task, H)
+    return {"C_pre": C_pre, "C_task": C_task, "H": H, "eigvals": eigvals, "basis": basis}
 
 
 def spectral_gate(eigvals, lam=1.0, s_min=0.3):
@@ -175,8 +198,9 @@ class SAdam(torch.optim.Optimizer):
     AdamW for the rest.
 
     params:    parameters or parameter groups, as for any torch optimizer.
-    spectral:  {A: (basis V (d_in, d_in), gate s̃ (d_in,))} for the LoRA factors A (r, d_in) that get the
-               gated step. Without any entry this is `torch.optim.AdamW`.
+    spectral:  {A: (basis V (d_in, k), gate s̃ (k,))} for the LoRA factors A (r, d_in), or full weights
+               (d_out, d_in), that get the gated step; k < d_in moves A in those k directions alone.
+               Without any entry this is `torch.optim.AdamW`.
     lr, betas, eps, weight_decay (decoupled): as for AdamW.
     """
 
@@ -189,10 +213,10 @@ class SAdam(torch.optim.Optimizer):
         for A, (V, gate) in self.spectral.items():
             if A not in known:
                 raise ValueError(f"spectral holds a parameter of shape {tuple(A.shape)} not among params")
-            if A.dim() != 2 or V.shape != (A.shape[1],) * 2 or gate.shape != A.shape[1:]:
+            if A.dim() != 2 or V.dim() != 2 or len(V) != A.shape[1] or gate.shape != V.shape[1:]:
                 raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit a "
                                  f"parameter of shape {tuple(A.shape)}; "
-                                 "they must be (d_in, d_in) and (d_in,)")
+                                 "they must be (d_in, k) and (k,)")
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -211,7 +235,7 @@ class SAdam(torch.optim.Optimizer):
         V, gate = self.spectral.get(p, (None, None))
         g = p.grad if V is None else p.grad @ V                       # A = Ā Vᵀ, hence Ḡ = G V
         if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+            state.update(step=0, exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
         state["step"] += 1
         m = state["exp_avg"].lerp_(g, 1 - betas[0])
         v = state["exp_avg_sq"].lerp_(g * g, 1 - betas[1])
@@ -223,17 +247,177 @@ class SAdam(torch.optim.Optimizer):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The methods, by name: where A and B start, and whether A takes SAdam's steps. `m` is the layer's
-# calibration, {"C_pre", "C_task", "eigvals", "basis"} (None for a method that needs none).
+# What it is compared with: other places to start. SVDs in float64; B and A share the singular values evenly.
+
+def svd(W):
+    """(U, S descending, Vᵀ) of W, in float64."""
+    return torch.linalg.svd(W.double(), full_matrices=False)
+
+
+def even_split(W0, U, S, Vh, scale):
+    """B0 = U√S/κ, A0 = √S Vᵀ: κB0A0 is the chosen part of the decomposed matrix."""
+    return (S.sqrt()[:, None] * Vh).to(W0), (U * S.sqrt() / scale).to(W0)
+
+
+def pissa_start(W0, r, scale=1.0):
+    """PiSSA (arXiv 2404.02948): κB0A0 = the r largest singular components of W0."""
+    check_rank(r, W0)
+    U, S, Vh = svd(W0)
+    return even_split(W0, U[:, :r], S[:r], Vh[:r], scale)
+
+
+def milora_start(W0, r, scale=1.0):
+    """MiLoRA (arXiv 2406.09044): κB0A0 = the r smallest singular components of W0."""
+    check_rank(r, W0)
+    U, S, Vh = svd(W0)
+    return even_split(W0, U[:, -r:], S[-r:], Vh[-r:], scale)
+
+
+def corda_start(W0, C_pre, r, scale=1.0, damping=0.01):
+    """CorDA, knowledge-preserved (arXiv 2406.05223): κB0A0 = the r smallest components of W0 C, times C⁻¹,
+    with C = C_pre + damping · mean diag(C_pre) · I."""
+    check_rank(r, W0)
+    C = C_pre.double() + damping * C_pre.double().diagonal().mean() * torch.eye(len(C_pre)).to(C_pre)
+    U, S, Vh = svd(W0.double() @ C)
+    Vh_C_inverse = torch.linalg.solve(C, Vh[-r:].T).T  # C is symmetric
+    return even_split(W0, U[:, -r:], S[-r:], Vh_C_inverse, scale)
+
+
+def lora_null_start(W0, C_pre, r, scale=1.0):
+    """LoRA-Null (arXiv 2503.02659): κB0A0 = W0 U⊥U⊥ᵀ, U⊥ the r eigenvectors of C_pre of smallest eigenvalue.
+    The same function as `null_space_start`, split evenly between B0 and A0."""
+    A0, B0 = null_space_start(W0, C_pre, r)
+    U, S, Vh = svd(B0)
+    return even_split(W0, U, S, Vh @ A0.double(), scale)
+
+
+def sc_lora_start(W0, C_pre, C_task, r, scale=1.0, beta=0.5):
+    """SC-LoRA (arXiv 2505.23724): B0 = Q/κ, A0 = QᵀW0, Q the r leading eigenvectors of the outputs'
+    (1 - β) S_task - β S_pre; an output W0 x has the second moment S = W0 C W0ᵀ."""
+    check_rank(r, W0)
+    W = W0.double()
+    _, Q = torch.linalg.eigh(W @ ((1 - beta) * C_task - beta * C_pre).double() @ W.T)  # ascending
+    Q = Q[:, -r:]
+    return (Q.T @ W).to(W0), (Q / scale).to(W0)
+
+
+def oplora_protected(W0, k=16):
+    """OPLoRA (arXiv 2510.13003): (U_k (d_out, k), V_k (d_in, k)), the k leading singular vectors of W0.
+    The layer then learns ΔW = (I - U_kU_kᵀ) BA (I - V_kV_kᵀ)."""
+    U, _, Vh = svd(W0)
+    return U[:, :k].to(W0), Vh[:k].T.to(W0)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The methods, by name: how each differs from LoRA. `m` is the layer's `solve_layer` (None where a method
+# reads no calibration), k is κ, g a seeded generator.
+
+def sadam(m, lam, s_min):
+    """FoLoRA's steps: the basis and the gate."""
+    return m["basis"], spectral_gate(m["eigvals"], lam, s_min)
+
+
+def ungated(m, lam, s_min):
+    """The coordinates without the gate."""
+    return m["basis"], torch.ones_like(m["eigvals"])
+
+
+def evenly_gated(m, lam, s_min):
+    """The coordinates and a gate of the same mean that knows no direction."""
+    gate = spectral_gate(m["eigvals"], lam, s_min)
+    return m["basis"], gate.mean().expand_as(gate)
+
+
+def penalty_alone(m, lam, s_min):
+    """The directions of H alone: C_task = I, so γ is one over the penalty."""
+    eigvals, basis = generalized_eigh(torch.eye(len(m["H"])).to(m["H"]), m["H"])
+    return basis, spectral_gate(eigvals, lam, s_min)
+
+
+def utility_alone(m, lam, s_min):
+    """The directions of C_task alone: H = I, so γ is the utility."""
+    eigvals, basis = generalized_eigh(m["C_task"], torch.eye(len(m["H"])).to(m["H"]))
+    return basis, spectral_gate(eigvals, lam, s_min)
+
+
+def truncated(m, lam, s_min):
+    """The leading half of the basis: the other directions never move."""
+    basis, gate = sadam(m, lam, s_min)
+    return basis[:, :len(gate) // 2], gate[:len(gate) // 2]
+
+
+def fisher(S_pre):
+    return S_pre
+
+
+def one_sided(S_pre):
+    """All outputs alike, as in Eq. 6, at the same mean."""
+    return S_pre.diagonal().mean() * torch.eye(len(S_pre)).to(S_pre)
+
+
+def kaiming(W0, m, r, k, g):
+    return kaiming_start(W0, r, k, g)
+
+
+def null_space(W0, m, r, k, g):
+    return null_space_start(W0, m["C_pre"], r, k)
+
+
+def leading(W0, m, r, k, g):
+    return leading_start(W0, m["basis"], r, k)
+
+
+def lora_null(W0, m, r, k, g):
+    return lora_null_start(W0, m["C_pre"], r, k)
+
+
+@dataclass(frozen=True)
+class Method:
+    start: Callable | None = kaiming  # (W0, m, r, k, g) -> (A0, B0); None: no adapter, W0 itself is trained
+    steps: Callable | None = None     # (m, lam, s_min) -> (basis, gate) for A's (or W0's) steps; None: Adam's
+    train_A: bool = True
+    penalty: Callable | None = None   # S_pre -> S: μ times the layers' `two_sided_penalty` is added to the loss
+    replay: float = 0.0               # the foundation's own samples added to a batch, as a share of its rows
+    protected: Callable | None = None  # W0 -> (U_k, V_k), directions that ΔW may not touch
+    calibrated: bool = True           # whether it needs the calibration
+
 
 METHODS = {
-    "lora": (lambda W0, r, scale, m, generator: kaiming_start(W0, r, scale, generator), False),
-    "folora": (lambda W0, r, scale, m, generator: null_space_start(W0, m["C_pre"], r, scale), True),
-    "folora-top": (lambda W0, r, scale, m, generator: leading_start(W0, m["basis"], r, scale), True),
+    "full": Method(None, calibrated=False),
+    "lora": Method(calibrated=False),
+    "pissa": Method(lambda W0, m, r, k, g: pissa_start(W0, r, k), calibrated=False),
+    "milora": Method(lambda W0, m, r, k, g: milora_start(W0, r, k), calibrated=False),
+    "corda": Method(lambda W0, m, r, k, g: corda_start(W0, m["C_pre"], r, k)),
+    "lora-null": Method(lora_null),
+    "lora-null-v2": Method(lora_null, train_A=False),
+    "sc-lora": Method(lambda W0, m, r, k, g: sc_lora_start(W0, m["C_pre"], m["C_task"], r, k)),
+    "oplora": Method(protected=oplora_protected, calibrated=False),
+    "replay": Method(replay=0.25),
+    "folora": Method(null_space, sadam),
+    "folora-top": Method(leading, sadam),
+    "folora-kl": Method(leading, penalty=fisher),              # ours: the penalty itself, in the loss
+    "lora-kl": Method(penalty=fisher),
+    "folora-replay": Method(null_space, sadam, replay=0.25),
+    "folora-kl-replay": Method(leading, penalty=fisher, replay=0.25),
+    "folora-full": Method(None, sadam),                        # App. D
+    "folora-half": Method(null_space, truncated),              # App. D
+    # FoLoRA taken apart
+    "null-kl": Method(null_space, penalty=fisher),
+    "folora-top-kl": Method(leading, sadam, penalty=fisher),
+    "folora-one-sided": Method(leading, penalty=one_sided),
+    "null-adam": Method(null_space),
+    "null-frozen": Method(null_space, train_A=False),
+    "null-ungated": Method(null_space, ungated),
+    "null-evenly": Method(null_space, evenly_gated),
+    "null-penalty": Method(null_space, penalty_alone),
+    "null-utility": Method(null_space, utility_alone),
+    "top-adam": Method(leading),
+    "top-frozen": Method(leading, train_A=False),
+    "kaiming-sadam": Method(kaiming, sadam),
 }
 
 
-def needs_calibration(method):
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; the methods are {', '.join(METHODS)}")
-    return method != "lora"
+def method_called(name):
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
+    return METHODS[name]

@@ -109,8 +109,11 @@ class GPT(nn.Module):
                 # GPT-2: the residual stream sums 2 n_layer projections, so each starts smaller
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * config.n_layer) if "c_proj" in name else 0.02)
 
-    def forward(self, idx, pos=None, cache=None):
-        """idx (B, T) tokens -> logits (B, T, vocab). With a cache, pos (B, T) is where each token stands."""
+    def forward(self, idx, pos=None, cache=None, only=None):
+        """idx (B, T) tokens -> logits (B, T, vocab). With a cache, pos (B, T) is where each token stands.
+
+        only: a mask (B, T) of the positions whose logits are wanted, then (count, vocab).
+        """
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit the model's context of "
                              f"{self.config.block_size}")
@@ -118,7 +121,8 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx) + self.transformer.wpe(where)
         for block in self.transformer.h:
             x = block(x, pos, cache)
-        return self.lm_head(self.transformer.ln_f(x))
+        x = self.transformer.ln_f(x)
+        return self.lm_head(x if only is None else x[only])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -187,7 +191,8 @@ class LoRALinear(nn.Module):
     """W = W_res + κBA: a frozen weight (d_out, d_in), B (d_out, r), A (r, d_in), κ = scale.
 
     A0, B0 are where A and B started. W_res = W0 - κB0A0, so that the layer starts as exactly the function
-    it was.
+    it was. Protected directions U (d_out, k), V (d_in, k), orthonormal, are projected out of BA:
+    (I - UUᵀ) BA (I - VVᵀ).
     """
 
     def __init__(self, linear, r, scale=1.0):
@@ -199,10 +204,28 @@ class LoRALinear(nn.Module):
         for name, shape in ("A", (r, d_in)), ("B", (d_out, r)):
             self.register_parameter(f"lora_{name}", nn.Parameter(self.weight.new_zeros(shape)))
             self.register_buffer(f"lora_{name}0", self.weight.new_zeros(shape))
+        self.register_buffer("lora_U", None)
+        self.register_buffer("lora_V", None)
 
     def forward(self, x):
-        return (F.linear(x, self.weight, self.bias)
-                + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B))
+        A, B = self.factors()
+        return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, A), B)
+
+    def factors(self):
+        """(A, κB) as they act."""
+        A, B = self.lora_A, self.scale * self.lora_B
+        if self.lora_U is not None:
+            A, B = A - (A @ self.lora_V) @ self.lora_V.T, B - self.lora_U @ (self.lora_U.T @ B)
+        return A, B
+
+    def change(self):
+        """(P (d_out, 2r), G (2r, d_in)) with ΔW = PG: κ(BA - B0A0) in factors."""
+        A, B = self.factors()
+        return torch.cat([B, -self.scale * self.lora_B0], 1), torch.cat([A, self.lora_A0])
+
+    def protect(self, U, V):
+        """Keep ΔW out of the columns of U and V; for a layer that starts with B0 = 0."""
+        self.lora_U, self.lora_V = U, V
 
     @torch.no_grad()
     def start(self, A0, B0):
@@ -214,9 +237,9 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def plain(self, merged):
         """An ordinary linear layer: with what was learnt, or as it was before LoRA."""
-        A, B = (self.lora_A, self.lora_B) if merged else (self.lora_A0, self.lora_B0)
+        A, B = self.factors() if merged else (self.lora_A0, self.scale * self.lora_B0)
         linear = nn.Linear(*self.weight.T.shape, device="meta")
-        linear.weight = nn.Parameter(self.weight + self.scale * B @ A)
+        linear.weight = nn.Parameter(self.weight + B @ A)
         linear.bias = self.bias
         return linear
 

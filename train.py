@@ -15,12 +15,14 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from folora import METHODS, SAdam, needs_calibration, spectral_gate
-from model import (GPT, GPTConfig, add_lora, autocast, block_linears, fingerprint, load, lora_parameters,
-                   pick_device, save)
+from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
+from model import (GPT, GPTConfig, LoRALinear, add_lora, autocast, block_linears, fingerprint, load,
+                   merge_lora, pick_device, save)
 
 SAVE_EVERY = 500  # steps
 # where sweeps on validation items gave the methods about the same target score
+ADAPT_DEFAULTS = {"rank": 8, "scale": 1.0, "steps": 200, "batch": 16, "examples": 2000,
+                  "lam": 1.0, "s_min": 0.3, "tau": 0.01, "mu": 10.0, "calibration": "calibration", "snapshots": 0}
 LEARNING_RATES = {"lora": 5e-3, "folora": 6e-3, "folora-top": 6e-3}
 
 
@@ -37,16 +39,19 @@ def learning_rate(step, steps, warmup, shape):
 
 def loss_of(model, x, y):
     """Mean cross-entropy in nats of targets y (B, T) given inputs x (B, T); targets of -100 do not count."""
+    counted = y != -100
     with autocast(x.device):
-        logits = model(x)
-    return F.cross_entropy(logits.float().flatten(0, 1), y.flatten(), ignore_index=-100)
+        logits = model(x, only=counted)
+    return F.cross_entropy(logits.float(), y[counted])
 
 
-def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0):
+def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, penalty=None,
+        after=None):
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
-    exactly where an interrupted run of the same settings was saved.
+    exactly where an interrupted run of the same settings was saved. penalty() is added to the loss;
+    after(steps done) is called at each step.
     """
     device, steps = next(model.parameters()).device, settings["steps"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -59,7 +64,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         x, y = (t.to(device) for t in batch(step))
-        loss = loss_of(model, x, y)
+        loss = loss_of(model, x, y) + (penalty() if penalty else 0)
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
@@ -70,6 +75,8 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
         for optimizer in optimizers:
             optimizer.step()
         tokens += x.numel()
+        if after:
+            after(step + 1)
         if step + 1 == steps or (step + 1) % max(1, steps // 10) == 0:
             seconds = time.time() - began
             left = seconds / (step + 1 - first) * (steps - step - 1)
@@ -164,25 +171,39 @@ def load_foundation(out, device):
 # ------------------------------------------------------------------------------------------------------------
 # adapt
 
-def load_calibration(out, task, foundation):
-    path = pathlib.Path(out) / task / "calibration.pt"
-    made_by = f"python calibrate.py --task {task} --out {out}"
+def load_calibration(args, foundation):
+    path = pathlib.Path(args.out) / args.task / f"{args.calibration}.pt"
+    made_by = f"python calibrate.py --task {args.task} --name {args.calibration} --out {args.out}"
     calibration = load(path, "calibration", made_by)
     if calibration["settings"]["foundation"] != foundation:
         raise ValueError(f"{path} belongs to another foundation; make it again with: {made_by}")
     return calibration
 
 
-def start_adapters(model, method, calibration, r, scale, seed, lam, s_min):
-    """Add adapters that start as `method` says; returns SAdam's {A: (basis, gate)},
-    empty for a method without."""
-    start, spectral_steps = METHODS[method]
-    generator, spectral = torch.Generator().manual_seed(seed), {}
-    for name, layer in add_lora(model, r, scale).items():
-        m = calibration and {key: t.to(layer.weight.device) for key, t in calibration["layers"][name].items()}
-        layer.start(*start(layer.weight, r, scale, m, generator))
-        if spectral_steps:
-            spectral[layer.lora_A] = (m["basis"], spectral_gate(m["eigvals"], lam, s_min))
+def prepare(model, method, calibration, args):
+    """Make the model ready for `method`: choose what is trained and where it starts; returns SAdam's
+    {parameter: (basis, gate)}, empty for a method with plain Adam steps."""
+    generator, spectral = torch.Generator().manual_seed(args.seed), {}
+    if method.start:
+        layers = add_lora(model, args.rank, args.scale)
+    else:
+        layers = block_linears(model)
+        model.requires_grad_(method.steps is None)  # with SAdam the matrices alone: others have no basis
+    for name, layer in layers.items():
+        W0, trained = layer.weight, layer.weight.requires_grad_(not method.start)
+        m = calibration and solve_layer(*(calibration["layers"][name][C].to(W0.device)
+                                          for C in ("C_pre", "C_task")), args.tau)
+        if method.start:
+            layer.start(*method.start(W0, m, args.rank, args.scale, generator))
+            trained = layer.lora_A.requires_grad_(method.train_A)
+        if method.protected:
+            U, V = method.protected(W0)
+            if U.shape[1] >= min(W0.shape):
+                raise ValueError(f"{args.method} protects {U.shape[1]} directions of {name}, all that its "
+                                 f"{tuple(W0.shape)} have; use a wider foundation")
+            layer.protect(U, V)
+        if method.steps:
+            spectral[trained] = method.steps(m, args.lam, args.s_min)
     return spectral
 
 
@@ -209,56 +230,106 @@ def response_batch(rows):
 
 
 def run_folder(args):
-    return pathlib.Path(args.out) / args.task / f"{args.method}-lr{args.lr:g}-seed{args.seed}"
+    """out/<task>/<method>-lr<lr>-seed<seed>, and what else is not at its default."""
+    others = [f"-{key}{getattr(args, key)}" for key, default in ADAPT_DEFAULTS.items()
+              if getattr(args, key) != default]
+    return (pathlib.Path(args.out) / args.task
+            / "".join([f"{args.method}-lr{args.lr:g}-seed{args.seed}", *others]).replace("_", ""))
 
 
 def adapt(args):
     """Teach the foundation a task, unless this run's adapter.pt was made with these settings and inputs."""
-    device, calibrated = pick_device(), needs_calibration(args.method)
-    args.lr = LEARNING_RATES[args.method] if args.lr is None else args.lr
-    spectral_gate(torch.ones(1), args.lam, args.s_min)  # a bad λ or s_min is better known before the work
+    device, method = pick_device(), method_called(args.method)
+    args.lr = LEARNING_RATES.get(args.method, LEARNING_RATES["lora"]) if args.lr is None else args.lr
+    spectral_gate(torch.ones(1), args.lam, args.s_min)  # a bad λ, s_min or τ is better known before the work
+    damped(torch.eye(1), args.tau)
     items = tasks.task_items(args.task, "train", args.examples)
     model, foundation = load_foundation(args.out, device)
-    calibration = load_calibration(args.out, args.task, foundation) if calibrated else None
+    calibration = load_calibration(args, foundation) if method.calibrated else None
     if args.batch > len(items):
         raise ValueError(f"batch is {args.batch}; it must not exceed the {len(items)} training items")
-    settings = dict(foundation=foundation, calibration=calibration and calibration["settings"],
-                    task=args.task, method=args.method, rank=args.rank, scale=args.scale, lr=args.lr,
-                    steps=args.steps, batch=args.batch, examples=args.examples, seed=args.seed,
-                    lam=args.lam, s_min=args.s_min,
-                    text=tasks.fingerprint(item.prompt + item.answer for item in items))
+    settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
+                    text=tasks.fingerprint(item.prompt + item.answer for item in items),
+                    **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT_DEFAULTS)})
     path = run_folder(args) / "adapter.pt"
     if reusable(path, "adapter", settings):
         return path
-    spectral = start_adapters(model, args.method, calibration, args.rank, args.scale, args.seed,
-                              args.lam, args.s_min)
-    optimizer = SAdam(lora_parameters(model).values(), spectral, lr=args.lr)
-    rows = response_rows(items, tasks.byte_encoding(), model.config.block_size)
-
-    def batch(step):
-        return response_batch(random.Random(f"adapt {args.seed} {step}").sample(rows, args.batch))
-
     print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
           f"{args.steps} steps on {device}")
-    partial = path.with_suffix(".partial")
-    losses = fit(model, [optimizer], batch, settings, partial)
-    save(path, {"kind": "adapter", "settings": settings, "losses": losses,
-                "lora": {name: t for name, t in model.state_dict().items() if "lora_" in name}})
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    spectral = prepare(model, method, calibration, args)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = SAdam(trained.values(), spectral, lr=args.lr)
+
+    def write(path, **more):  # adapters with their starts, or the full weights
+        changed = {name: t for name, t in model.state_dict().items() if "lora_" in name or name in trained}
+        save(path, {"kind": "adapter", "settings": settings, "changed": changed, **more})
+
+    def snapshot(done):
+        if args.snapshots and done % max(1, args.steps // args.snapshots) == 0:
+            write(path.with_name(f"step{done}.pt"))
+
+    batch = batches(args, items, method, calibration, model.config.block_size)
+    partial, began = path.with_suffix(".partial"), time.time()
+    losses = fit(model, [optimizer], batch, settings, partial, after=snapshot,
+                 penalty=penalty_of(model, calibration, method, args.mu) if method.penalty else None)
+    write(path, losses=losses, cost=cost(model, optimizer, (time.time() - began) / args.steps))
     partial.unlink(missing_ok=True)
     print(f"{path} written")
     return path
 
 
+def penalty_of(model, calibration, method, mu):
+    """() -> μ times about how many nats per token the adapters move the model on its own samples."""
+    layers = []
+    for name, layer in block_linears(model, LoRALinear).items():
+        m = {key: t.to(layer.weight) for key, t in calibration["layers"][name].items()}
+        layers.append((layer, method.penalty(m["S_pre"]), m["C_pre"]))
+    return lambda: mu * sum(two_sided_penalty(*layer.change(), S, C) for layer, S, C in layers)
+
+
+def batches(args, items, method, calibration, length):
+    """batch(step) -> (x, y) of the task's items and, for replay, of the foundation's own samples besides."""
+    encoding = tasks.byte_encoding()
+    rows = response_rows(items, encoding, length)
+    replayed = round(method.replay * args.batch)
+    old = [([encoding.eot_token, *(t for t in sample.tolist() if t >= 0)][:length + 1], 1)  # all are targets
+           for sample in (calibration["samples"] if replayed else [])]
+
+    def batch(step):
+        rng = random.Random(f"adapt {args.seed} {step}")
+        chosen = rng.sample(rows, args.batch)
+        return response_batch(chosen + (rng.choices(old, k=replayed) if replayed else []))
+    return batch
+
+
+def cost(model, optimizer, seconds):
+    """What a run needed: seconds per step, trained parameters, and bytes of all that training holds
+    (weights, gradients, moments, bases; no activations) or, on a GPU, the peak of everything."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    held = [*model.parameters(), *model.buffers(), *trained,
+            *(t for pair in optimizer.spectral.values() for t in pair),
+            *(t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))]
+    return {"seconds": seconds, "trained": sum(p.numel() for p in trained),
+            "bytes": (torch.cuda.max_memory_allocated() if torch.cuda.is_available()
+                      else sum(t.numel() * t.element_size() for t in held))}
+
+
 def load_adapter(path, out, device):
-    """The foundation with the adapter of `path`."""
+    """The foundation with the adapter of `path`, merged: an ordinary GPT."""
     saved = load(path, "adapter", "python train.py adapt")
     model, foundation = load_foundation(out, device)
-    if saved["settings"]["foundation"] != foundation:
+    settings, changed = saved["settings"], saved["changed"]
+    if settings["foundation"] != foundation:
         raise ValueError(f"{path} belongs to another foundation; make it again with: python train.py adapt")
-    lora = saved["lora"]
-    for name, layer in add_lora(model, saved["settings"]["rank"], saved["settings"]["scale"]).items():
-        layer.start(lora[f"{name}.lora_A0"], lora[f"{name}.lora_B0"])
-    model.load_state_dict(lora, strict=False)
+    if method_called(settings["method"]).start:
+        for name, layer in add_lora(model, settings["rank"], settings["scale"]).items():
+            layer.start(changed[f"{name}.lora_A0"], changed[f"{name}.lora_B0"])
+            if f"{name}.lora_U" in changed:
+                layer.protect(changed[f"{name}.lora_U"].to(device), changed[f"{name}.lora_V"].to(device))
+    model.load_state_dict(changed, strict=False)
+    merge_lora(model)
     return model
 
 
@@ -302,16 +373,21 @@ def parser():
     a = commands.add_parser("adapt", help="fine-tune the foundation on a task", formatter_class=formatter)
     a.set_defaults(run=adapt)
     a.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}")
-    a.add_argument("--method", default="folora-top", help=f"one of {', '.join(METHODS)}")
+    a.add_argument("--method", default="folora-kl", help=f"one of {', '.join(METHODS)}")
     a.add_argument("--lr", type=float,
                    help="peak learning rate; default by method: " + str(LEARNING_RATES))
-    a.add_argument("--rank", type=int, default=8, help="LoRA's rank r")
-    a.add_argument("--scale", type=float, default=1.0, help="κ in W = W_res + κBA")
-    a.add_argument("--steps", type=positive, default=200)
-    a.add_argument("--batch", type=positive, default=32, help="items a step")
-    a.add_argument("--examples", type=positive, default=2000, help="training items")
-    a.add_argument("--lam", type=float, default=1.0, help="λ of the gate γ/(γ + λ)")
-    a.add_argument("--s-min", type=float, default=0.3, help="the smallest gate")
+    a.add_argument("--rank", type=int, help="LoRA's rank r")
+    a.add_argument("--scale", type=float, help="κ in W = W_res + κBA")
+    a.add_argument("--steps", type=positive, help="optimizer steps")
+    a.add_argument("--batch", type=positive, help="items a step")
+    a.add_argument("--examples", type=positive, help="training items")
+    a.add_argument("--lam", type=float, help="λ of the gate γ/(γ + λ)")
+    a.add_argument("--s-min", type=float, help="the smallest gate")
+    a.add_argument("--tau", type=float, help="damping of C_pre, relative to the mean square of an input")
+    a.add_argument("--mu", type=float, help="μ of the penalty in the loss, for methods that have one")
+    a.add_argument("--calibration", help="name of the calibration, as calibrate.py wrote it")
+    a.add_argument("--snapshots", type=int, help="how many adapters to write along the way")
+    a.set_defaults(**ADAPT_DEFAULTS)
     for sub in p, a:
         sub.add_argument("--seed", type=int, default=0)
         sub.add_argument("--out", default="out", help="folder for all results")

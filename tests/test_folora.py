@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, strategies as st
 from torch.nn.functional import cross_entropy, softplus
 
-from folora import (METHODS, SAdam, SecondMoment, damped, forgetting_penalty, generalized_eigh, kaiming_start,
-                    leading_start, needs_calibration, normalise, null_space_start, rayleigh_quotient,
-                    spectral_gate, task_utility, whiten)
+from folora import (METHODS, SAdam, SecondMoment, corda_start, damped, evenly_gated, forgetting_penalty,
+                    generalized_eigh, kaiming_start, leading_start, lora_null_start, method_called,
+                    milora_start, normalise, null_space_start, one_sided, oplora_protected, penalty_alone,
+                    pissa_start, rayleigh_quotient, sadam, sc_lora_start, solve_layer, spectral_gate,
+                    task_utility, truncated, two_sided_penalty, ungated, utility_alone, whiten)
 from model import LoRALinear
 
 EPS = torch.finfo(torch.float64).eps
@@ -73,6 +75,23 @@ def blocks(draw):
     randn, d_in = normal(seed), null + rank
     X_pre = rotation(d_in, seed)[:, :rank] @ randn(rank, 3 * d_in)
     return randn(d_out, d_in) / d_in**0.5, randn(d_out, 1), X_pre, r, randn
+
+
+@st.composite
+def decomposed(draw):
+    """(W0, U, s, V): W0 (d_out, d_in) = U diag(s) Vᵀ, s ascending, each twice the one before."""
+    d_out, d_in, scale = draw(small), draw(small), draw(scales)
+    m, seed = min(d_out, d_in), draw(seeds)
+    U, V, s = rotation(d_out, seed)[:, :m], rotation(d_in, seed + 1)[:, :m], scale * 2.0 ** torch.arange(m)
+    return U * s @ V.T, U, s.double(), V
+
+
+@st.composite
+def measured(draw):
+    """(W0, X_pre, X_task, randn): a layer, its inputs as columns; X_pre may leave out dimensions."""
+    d_out, d_in, seed = draw(small), draw(small), draw(seeds)
+    randn, used = normal(seed), draw(st.integers(1, d_in))
+    return randn(d_out, d_in), rotation(d_in, seed)[:, :used] @ randn(used, 20), randn(d_in, 20), randn
 
 
 def spectral_norm(C):
@@ -222,6 +241,36 @@ def test_penalty_and_utility_are_their_traces(pair, r, seed):
     assert (forgetting_penalty(dA, damped(C_pre, tau)) - parts).abs() <= size * spectral_norm(H)
 
 
+def test_one_sided_counts_all_outputs_alike_at_the_same_mean():
+    S = one_sided(f64([[1.0, 0.5], [0.5, 3.0]]))
+    assert close(S, 2 * torch.eye(2).double())
+
+
+@given(spd_pairs(), small, small, seeds)
+def test_two_sided_penalty_is_eq_6_where_all_outputs_count_alike(pair, d_out, k, seed):
+    """½ Tr(S ΔW H ΔWᵀ) of a product: half of R(PG) for S = I, and of its part along S's root otherwise."""
+    _, _, H = pair
+    P, G, root = normal(seed)(d_out, k), normal(seed + 1)(k, len(H)), normal(seed + 2)(d_out, d_out)
+    size = 1e-13 * P.norm() ** 2 * G.norm() ** 2 * H.norm()
+    one_sided = two_sided_penalty(P, G, torch.eye(d_out).double(), H)
+    assert (one_sided - forgetting_penalty(P @ G, H) / 2).abs() <= size
+    both = two_sided_penalty(P, G, root.T @ root, H)
+    assert (both - forgetting_penalty(root @ P @ G, H) / 2).abs() <= size * root.norm() ** 2
+
+
+@given(small, st.integers(2, 6), seeds)
+def test_two_sided_penalty_is_the_kl_divergence_to_second_order(d_in, classes, seed):
+    """One softmax layer p(Wx): E[δδᵀ] over the model's own labels is diag(p) - ppᵀ, and
+    KL(p_W ‖ p_{W + εΔ}) / ε² tends to ½ Tr(S Δ xxᵀ Δᵀ)."""
+    randn = normal(seed)
+    W, x, P, G, size = randn(classes, d_in), randn(d_in), randn(classes, 2), randn(2, d_in), 1e-4
+    log_p, log_q = (torch.log_softmax(weight @ x, 0) for weight in (W, W + size * P @ G))
+    p = log_p.exp()
+    expected = two_sided_penalty(P, G, torch.diag(p) - torch.outer(p, p), torch.outer(x, x))
+    moved = (P @ G @ x).norm()
+    assert ((p * (log_p - log_q)).sum() / size**2 - expected).abs() <= 1e-7 + size * moved**3 + size * moved**2
+
+
 @given(spd_pairs(), small, seeds)
 def test_rank_one_update_is_judged_by_its_direction_alone(pair, r, seed):
     """U(uvᵀ) / R(uvᵀ) = ρ(v): u cancels (Eq. 5-17)."""
@@ -293,6 +342,19 @@ def test_normalising_takes_the_units_away(pair, unit):
     C, C_pre, _ = pair
     for scaled, plain in zip(normalise(unit**2 * C_pre, unit**2 * C), normalise(C_pre, C)):
         assert close(scaled, plain, 1e-14)
+
+
+@given(spd_pairs(), st.sampled_from([1.0, 0.1, 1e-2]), st.sampled_from([1.0, 1e-3, 1e3]))
+def test_a_solved_layer_holds_all_that_a_method_asks_for(pair, tau, unit):
+    """From raw moments, in any units: C_pre of mean diagonal 1, C_task over the same scalar, H = C_pre + τI,
+    and their eigenpairs (Eq. 17)."""
+    C, raw, _ = pair
+    m = solve_layer(unit**2 * raw, unit**2 * C, tau)
+    H, V, n, c, eye = m["H"], m["basis"], len(C), raw.diagonal().mean(), torch.eye(len(C)).double()
+    assert close(m["C_pre"], raw / c) and close(m["C_task"], C / c) and close(H, raw / c + tau * eye)
+    assert spectral_norm(V.T @ H @ V - eye) <= 10 * n * EPS * cond(H)
+    assert spectral_norm(V.T @ m["C_task"] @ V - m["eigvals"].diag()) <= gamma_error(C / c, H)
+    assert (m["eigvals"].diff() <= 0).all()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -378,20 +440,53 @@ def adapted(W0, A0, B0, scale):
     return layer
 
 
-@pytest.mark.parametrize("method", METHODS)
-@given(block=blocks(), scale=st.sampled_from([1.0, 0.5, 4.0, 1e-3]))
-def test_every_start_leaves_the_layer_as_it_was(method, block, scale):
+# every way to start among METHODS, under the name of the first method that has it
+STARTS = {method.start: name for name, method in reversed(METHODS.items()) if method.start}
+kappas = st.sampled_from([1.0, 0.5, 4.0, 1e-3])
+
+
+@pytest.mark.parametrize("name", STARTS.values())
+@given(block=blocks(), scale=kappas)
+def test_every_start_leaves_the_layer_as_it_was(name, block, scale):
     """W_res + κB0A0 = W0 for every method, κ and r, and A0 and B0 have LoRA's shapes."""
     W0, _, X, r, randn = block
-    C_pre = second_moment(X)
-    gamma, V = generalized_eigh(C_pre, damped(C_pre, 0.1))
-    m = {"C_pre": C_pre, "C_task": C_pre, "eigvals": gamma, "basis": V} if needs_calibration(method) else None
-    A0, B0 = METHODS[method][0](W0, r, scale, m, torch.Generator().manual_seed(0))
+    m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
+    A0, B0 = METHODS[name].start(W0, m, r, scale, torch.Generator().manual_seed(0))
     assert A0.shape == (r, len(X)) and B0.shape == (len(W0), r)
     layer = adapted(W0, A0, B0, scale)
     x = randn(7, len(X))
     assert close(layer(x), x @ W0.T + layer.bias)
-    assert close(layer.plain(merged=True).weight, W0)
+    assert close(layer.plain(merged=True).weight, W0) and close(layer.plain(merged=False).weight, W0)
+
+
+@pytest.mark.parametrize("name", STARTS.values())
+@given(block=blocks(), scale=kappas, k=st.none() | st.integers(0, 3))
+def test_merged_is_unmerged_whatever_was_learnt(name, block, scale, k):
+    """`plain(merged=True)` computes what the layer does after A and B moved, with protected directions or
+    without."""
+    W0, _, X, r, randn = block
+    m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
+    layer = adapted(W0, *METHODS[name].start(W0, m, r, scale, torch.Generator().manual_seed(0)), scale)
+    if k is not None:
+        layer.protect(*oplora_protected(W0, k))
+    with torch.no_grad():
+        for p in layer.lora_A, layer.lora_B:
+            p += randn(*p.shape)
+    x, merged = randn(7, len(X)), layer.plain(merged=True)
+    assert type(merged) is torch.nn.Linear and merged.bias is layer.bias
+    assert close(layer(x), merged(x), 1e-10)
+    P, G = layer.change()
+    assert close(P @ G, merged.weight - layer.plain(merged=False).weight, 1e-10)
+
+
+@given(blocks(), kappas, st.integers(0, 3))
+def test_a_protected_layer_starts_as_it_was(block, scale, k):
+    """OPLoRA starts from B0 = 0, of which no direction needs protection."""
+    W0, _, X, r, randn = block
+    layer = adapted(W0, *METHODS["oplora"].start(W0, None, r, scale, torch.Generator().manual_seed(0)), scale)
+    layer.protect(*oplora_protected(W0, k))
+    x = randn(7, len(X))
+    assert close(layer(x), x @ W0.T + layer.bias) and close(layer.plain(merged=True).weight, W0)
 
 
 @given(blocks(), st.sampled_from([1.0, 0.5, 4.0]))
@@ -452,13 +547,150 @@ def test_kaiming_start_is_loras():
         assert torch.equal(again, A0) == same
 
 
+@pytest.mark.parametrize("name", STARTS.values())
 @pytest.mark.parametrize("r", [0, -1, 4, 5])
-def test_starts_refuse_an_impossible_rank(r):
+def test_starts_refuse_an_impossible_rank(name, r):
     """r is at least 1 and at most min(d_out, d_in)."""
     W0, C = torch.ones(3, 4).double(), torch.eye(4).double()
-    for start, *moment in (kaiming_start,), (null_space_start, C), (leading_start, C):
-        with pytest.raises(ValueError, match="rank"):
-            start(W0, *moment, r)
+    with pytest.raises(ValueError, match=f"rank is {r}"):
+        METHODS[name].start(W0, solve_layer(C, C), r, 1.0, None)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# What it is compared with: starts from an SVD, and protected directions
+
+def ranks(data, W0):
+    return data.draw(st.integers(1, min(W0.shape)))
+
+
+def evenly_split(A0, B0, scale):
+    """Whether B0 and A0 carry the same singular values, one direction a row and column."""
+    S = A0 @ A0.T
+    return (S - scale**2 * B0.T @ B0).norm() <= 1e-12 * S.norm() and close(S, S.diagonal().diag())
+
+
+@given(decomposed(), kappas, st.data())
+def test_pissa_takes_the_largest_components_and_milora_the_smallest(parts, scale, data):
+    """κB0A0 = U_r diag(s_r) V_rᵀ, of the largest r (PiSSA) or the smallest (MiLoRA) of known components."""
+    W0, U, s, V = parts
+    r = ranks(data, W0)
+    for start, chosen in (pissa_start, slice(len(s) - r, None)), (milora_start, slice(r)):
+        A0, B0 = start(W0, r, scale)
+        component = U[:, chosen] * s[chosen] @ V[:, chosen].T
+        assert (scale * B0 @ A0 - component).norm() <= 1e-13 * W0.norm()
+        assert evenly_split(A0, B0, scale)
+
+
+@given(measured(), st.data())
+def test_pissa_and_milora_share_a_weight_between_them(layer, data):
+    """Of any W0, PiSSA's part of rank r and MiLoRA's of the remaining rank add up to W0; PiSSA's has the r
+    largest eigenvalues of W0ᵀW0 for its squared norm, the most that any r components have."""
+    W0, *_ = layer
+    r, m = ranks(data, W0), min(W0.shape)
+    energies = torch.linalg.eigvalsh(W0.T @ W0)  # ascending
+    A0, B0 = pissa_start(W0, r)
+    top = B0 @ A0
+    assert (top.norm() ** 2 - energies[-r:].sum()).abs() <= 1e-12 * W0.norm() ** 2
+    assert ((W0 - top).norm() ** 2 - energies[:-r].sum()).abs() <= 1e-12 * W0.norm() ** 2
+    A1, B1 = milora_start(W0, m - r) if r < m else (W0[:1] * 0, W0[:, :1] * 0)
+    assert close(top + B1 @ A1, W0)
+
+
+@given(decomposed(), kappas, st.integers(1, 6), seeds, st.data())
+def test_corda_takes_what_the_pretraining_text_reads_least(parts, scale, used, seed, data):
+    """κB0A0 C = the r smallest components of W0 C, C = C_pre + 0.01·mean diag(C_pre)·I: here known ones."""
+    W0_C, U, s, V = parts
+    r, d_in = ranks(data, W0_C), len(V)
+    C_pre = second_moment(rotation(d_in, seed)[:, :used] @ normal(seed)(min(used, d_in), 20))
+    C = damped(C_pre, 0.01 * C_pre.diagonal().mean().item())
+    W0 = torch.linalg.solve(C, W0_C.T).T
+    A0, B0 = corda_start(W0, C_pre, r, scale)
+    error = 100 * EPS * cond(C) * W0_C.norm()
+    assert (scale * B0 @ A0 @ C - U[:, :r] * s[:r] @ V[:, :r].T).norm() <= error
+    for factor in A0 @ C @ C @ A0.T, scale**2 * B0.T @ B0:  # the smaller component comes last
+        assert (factor - s[:r].flip(0).diag()).norm() <= error
+
+
+@given(measured(), kappas, st.data())
+def test_corda_agrees_with_a_direct_decomposition(layer, scale, data):
+    """κB0A0 C carries the r smallest of the singular values of W0 C, and leaves W_res C the others."""
+    W0, X, _, _ = layer
+    r, C_pre = ranks(data, W0), second_moment(X)
+    C = damped(C_pre, 0.01 * C_pre.diagonal().mean().item())
+    A0, B0 = corda_start(W0, C_pre, r, scale)
+    S, m = torch.linalg.svdvals(W0 @ C), min(W0.shape)
+    taken, rest = (torch.linalg.svdvals(W @ C) for W in (scale * B0 @ A0, W0 - scale * B0 @ A0))
+    error = 100 * EPS * cond(C) * S[0]
+    assert (taken[:r] - S[m - r:]).abs().max() <= error and (taken[r:] <= error).all()
+    assert (rest[:m - r] - S[:m - r]).abs().sum() <= m * error and (rest[m - r:] <= error).all()
+
+
+@given(decomposed(), kappas, seeds, st.data())
+def test_lora_null_is_the_null_space_start_split_evenly(parts, scale, seed, data):
+    """κB0A0 = W0 U⊥U⊥ᵀ, for known eigenvectors U⊥ of C_pre; in it B0 and A0 share the singular values."""
+    W0, _, s, V = parts
+    r, n = ranks(data, W0), len(V)
+    Q, unit = rotation(n, seed), data.draw(scales)
+    C_pre = unit * (Q * 2.0 ** torch.arange(n) @ Q.T)
+    A0, B0 = lora_null_start(W0, C_pre, r, scale)
+    product = scale * B0 @ A0
+    assert (product - W0 @ Q[:, :r] @ Q[:, :r].T).norm() <= 1e-11 * W0.norm()
+    A1, B1 = null_space_start(W0, C_pre, r, scale)
+    assert (product - scale * B1 @ A1).norm() <= 1e-12 * W0.norm()
+    size = A0.norm() ** 2
+    assert (A0 @ A0.T - scale**2 * B0.T @ B0).norm() <= 1e-12 * size
+    S = torch.linalg.svdvals(W0 @ Q[:, :r])
+    assert (A0.norm() ** 2 - S.sum()).abs() <= 1e-11 * W0.norm()
+
+
+@given(measured(), kappas, st.floats(0, 1), st.data())
+def test_sc_lora_spans_the_outputs_that_the_task_has_more_of(layer, scale, beta, data):
+    """κB0 = Q orthonormal, A0 = QᵀW0; Tr(Qᵀ[(1-β)S_task - βS_pre]Q) is the most that any Q reaches, S the
+    second moments of the layer's actual outputs."""
+    W0, X, Y, randn = layer
+    r = ranks(data, W0)
+    A0, B0 = sc_lora_start(W0, second_moment(X), second_moment(Y), r, scale, beta)
+    Q = scale * B0
+    assert close(Q.T @ Q, torch.eye(r).double()) and (A0 - Q.T @ W0).norm() <= 1e-13 * W0.norm()
+    S_pre, S_task = second_moment(W0 @ X), second_moment(W0 @ Y)
+    S = (1 - beta) * S_task - beta * S_pre
+    reached, error = (Q.T @ S @ Q).trace(), 1e-12 * (S_pre.norm() + S_task.norm())
+    assert (reached - torch.linalg.eigvalsh(S)[-r:].sum()).abs() <= error
+    other = torch.linalg.qr(randn(len(W0), r))[0]
+    assert reached >= (other.T @ S @ other).trace() - error
+
+
+def test_sc_lora_weighs_both_texts_alike():
+    """Three outputs, used 1, 2.2 and 3.5 by the task, 0, 1.1 and 3 by the pretraining text: β = 1/2, the
+    default, picks the second, a larger β the first, a smaller one the third."""
+    C_task, C_pre = torch.diag(f64([1.0, 2.2, 3.5])), torch.diag(f64([0.0, 1.1, 3.0]))
+    for options, picked in ({"beta": 0.6}, 0), ({}, 1), ({"beta": 0.3}, 2):
+        _, B0 = sc_lora_start(torch.eye(3).double(), C_pre, C_task, 1, **options)
+        assert close(B0.abs(), torch.eye(3).double()[:, [picked]])
+
+
+@given(measured(), kappas, st.integers(0, 6), st.data())
+def test_oplora_keeps_the_leading_singular_triples(layer, scale, k, data):
+    """For any A and B, ΔW V_k = 0 and U_kᵀΔW = 0, hence (W0 + ΔW)V_k = U_kS_k and (W0 + ΔW)ᵀU_k = V_kS_k."""
+    W0, *_, randn = layer
+    r, (d_out, d_in) = ranks(data, W0), W0.shape
+    U, V = oplora_protected(W0, k)
+    k = min(k, d_out, d_in)
+    S = torch.linalg.svdvals(W0)[:k]
+    assert U.shape == (d_out, k) and V.shape == (d_in, k)
+    A, B = randn(r, d_in), randn(d_out, r)
+    adapter = adapted(W0, randn(r, d_in), torch.zeros(d_out, r).double(), scale)
+    adapter.protect(U, V)
+    with torch.no_grad():
+        adapter.lora_A.copy_(A)
+        adapter.lora_B.copy_(B)
+    W = adapter.plain(merged=True).weight.detach()
+    size = 1e-12 * (W0.norm() + scale * A.norm() * B.norm())
+    assert ((W - W0) @ V).norm() <= size and (U.T @ (W - W0)).norm() <= size
+    assert (W @ V - U * S).norm() <= size and (W.T @ U - V * S).norm() <= size
+    assert (adapter(V.T) - adapter.bias - S[:, None] * U.T).norm() <= size
+    left, right = torch.eye(d_out) - U @ U.T, torch.eye(d_in) - V @ V.T
+    assert (W - W0 - scale * left @ B @ A @ right).norm() <= size, "and all else is free"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -539,6 +771,19 @@ def test_constant_gate_scales_every_step(r, d, seed, c):
     assert not path(0 * ones).any()
 
 
+@given(small, small, seeds, options, st.data())
+def test_truncated_basis_is_a_gate_of_zero_on_the_rest(r, d, seed, options, data):
+    """k columns of V move A in their span alone, as all of V with a gate of 0 on the others (App. D)."""
+    A0, V, k = normal(seed)(r, d), invertible(d, seed), data.draw(st.integers(0, d))
+    gate = torch.linspace(0.3, 1, d).double()
+    A = run_sadam(A0, V[:, :k], gate[:k], **options)
+    assert close(A, run_sadam(A0, V, gate * (torch.arange(d) < k), **options))
+    moved = run_sadam(A0, V[:, :k], gate[:k], **{**options, "weight_decay": 0.0}) - A0
+    Q, _ = torch.linalg.qr(V[:, :k])
+    assert (moved - moved @ Q @ Q.T).norm() <= 1e-13 * A0.norm()
+    assert k == 0 or moved.norm() > 0
+
+
 @given(small, small, seeds, st.lists(st.sampled_from([-1.0, 1.0]), min_size=6, max_size=6))
 def test_signs_of_the_basis_do_not_matter(r, d, seed, signs):
     """Eigenvectors are known up to sign; V -> V diag(±1) changes nothing."""
@@ -597,9 +842,9 @@ def test_sadam_keeps_the_ways_of_torch_optimizers():
 
 
 @pytest.mark.parametrize("V, gate", [((3, 3), (4,)), ((4, 3), (4,)), ((2, 2), (2,)), ((4, 4), (3,)),
-                                     ((4, 4), (4, 1))])
+                                     ((4, 4), (4, 1)), ((3, 4), (4,)), ((4,), (4,)), ((3, 3), (3,))])
 def test_sadam_refuses_a_basis_that_does_not_fit(V, gate):
-    """A (2, 4) takes a basis (4, 4) and a gate (4,), and nothing else; the learning rate is not negative."""
+    """A (2, 4) takes a basis (4, k) and a gate (k,), and nothing else; the learning rate is not negative."""
     A = torch.ones(2, 4).requires_grad_()
     with pytest.raises(ValueError, match="basis .* gate"):
         SAdam([A], {A: (torch.ones(V), torch.ones(gate))})
@@ -697,14 +942,62 @@ def test_normalising_refuses_a_dead_layer():
         normalise(torch.zeros(2, 2), torch.eye(2))
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The methods
+
+@given(spd_pairs(), lams, floors)
+def test_steps_differ_in_one_thing_each(pair, lam, s_min):
+    """In FoLoRA's basis: a gate of 1 (ungated), of its mean (evenly gated), the leading half (truncated)."""
+    m = solve_layer(pair[1], pair[0])
+    V, gate = sadam(m, lam, s_min)
+    assert torch.equal(V, m["basis"]) and torch.equal(gate, spectral_gate(m["eigvals"], lam, s_min))
+    for steps, expected in (ungated, torch.ones_like(gate)), (evenly_gated, gate.mean().expand_as(gate)):
+        basis, other = steps(m, lam, s_min)
+        assert torch.equal(basis, V) and torch.equal(other, expected)
+    half, leading = truncated(m, lam, s_min)
+    assert half.shape == (len(V), len(V) // 2) and torch.equal(half, V[:, :len(V) // 2])
+    assert torch.equal(leading, gate[:len(V) // 2])
+
+
+@given(spd_pairs(), lams, floors)
+def test_steps_that_know_one_moment_alone(pair, lam, s_min):
+    """Penalty: VᵀHV = I and γ = vᵀv, one over H. Utility: VᵀV = I and γ = vᵀC_task v. Both gated by γ."""
+    m = solve_layer(pair[1], pair[0])
+    eye, n = torch.eye(len(m["H"])).double(), len(m["H"])
+    for steps, C, H in (penalty_alone, eye, m["H"]), (utility_alone, m["C_task"], eye):
+        V, gate = steps(m, lam, s_min)
+        assert spectral_norm(V.T @ H @ V - eye) <= 10 * n * EPS * cond(H)
+        error, gamma = gamma_error(C, H), (V.T @ C @ V).diagonal()
+        assert spectral_norm(V.T @ C @ V - gamma.diag()) <= error and (gamma.diff() <= error).all()
+        assert (gate - spectral_gate(gamma, lam, s_min)).abs().max() <= error / lam + EPS
+
+
 def test_methods_are_known_by_name():
     """LoRA takes no calibration and AdamW's steps, FoLoRA both a calibration and SAdam's."""
-    assert not needs_calibration("lora") and not METHODS["lora"][1]
-    assert needs_calibration("folora") and METHODS["folora"][1]
-    W0, C_pre, basis = normal(0)(3, 4), torch.diag(f64([1.0, 0.0, 2.0, 3.0])), invertible(4, 0)
-    m = {"C_pre": C_pre, "C_task": C_pre.flip(0, 1), "basis": basis, "eigvals": torch.ones(4)}
-    for method, start, moment in ("folora", null_space_start, C_pre), ("folora-top", leading_start, basis):
-        pair = METHODS[method][0](W0, 2, 4.0, m, None)
-        assert all(torch.equal(a, b) for a, b in zip(pair, start(W0, moment, 2, 4.0), strict=True))
-    with pytest.raises(ValueError, match="unknown method 'dora'.*folora"):
-        needs_calibration("dora")
+    assert not method_called("lora").calibrated and method_called("lora").steps is None
+    assert method_called("folora").calibrated and method_called("folora").steps is sadam
+    W0, C_pre, C_task = normal(0)(3, 4), torch.diag(f64([1.0, 0.0, 2.0, 3.0])), normal(1)(4, 4)
+    m = {"C_pre": C_pre, "C_task": C_task @ C_task.T, "basis": invertible(4, 0), "eigvals": torch.ones(4)}
+    for name, start, *moment in (
+            ("pissa", pissa_start), ("milora", milora_start), ("corda", corda_start, "C_pre"),
+            ("lora-null", lora_null_start, "C_pre"), ("lora-null-v2", lora_null_start, "C_pre"),
+            ("sc-lora", sc_lora_start, "C_pre", "C_task"),
+            ("folora", null_space_start, "C_pre"), ("folora-top", leading_start, "basis")):
+        expected = start(W0, *(m[key] for key in moment), 2, 4.0)
+        pair = METHODS[name].start(W0, m, 2, 4.0, None)
+        assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
+    with pytest.raises(ValueError, match="unknown method 'dora'; the methods are full, lora, .*folora"):
+        method_called("dora")
+
+
+def test_methods_ask_for_a_calibration_exactly_if_they_use_it():
+    """Without one, a method that says it needs none starts and steps; the others cannot, or replay its
+    samples, or penalise the drift on them."""
+    for method in METHODS.values():
+        uses = method.replay > 0 or method.penalty is not None
+        try:
+            method.start and method.start(torch.eye(3).double(), None, 1, 1.0, None)
+            method.steps and method.steps(None, 1.0, 0.3)
+        except TypeError:  # it looked into a calibration that is None
+            uses = True
+        assert method.calibrated == uses

@@ -1,4 +1,6 @@
 """The commands, end to end on a micro model: every stage, reuse, exact resume, and what a user gets wrong."""
+import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -10,12 +12,15 @@ import torch
 import calibrate
 import eval as evaluation
 import model as model_module
+import tasks
 import train
+from folora import METHODS, oplora_protected
 
 ROOT = pathlib.Path(train.__file__).parent
 PRETRAIN = "--steps 8 --batch 2 --layers 1 --heads 2 --width 16"
 CALIBRATE = "--samples 20 --queries 8 --min-unique 0 --min-unique-fours 0 --max-run 200"
 ADAPT = "--steps 4 --batch 4 --examples 40 --rank 2"
+OPTIONS = "-rank2-steps4-batch4-examples40"  # as a run's folder names them
 
 
 def everything(out, *more):
@@ -31,23 +36,23 @@ def out(tmp_path_factory):
     for script, arguments in (("train.py", f"pretrain {PRETRAIN}"),
                               ("calibrate.py", f"--task code {CALIBRATE}"),
                               ("train.py", f"adapt --task code --method folora {ADAPT}"),
-                              ("eval.py", f"--task code --methods folora")):
+                              ("eval.py", "--task code --methods folora")):
         quoted = (["--pretrain", PRETRAIN, "--calibrate", CALIBRATE, "--adapt", ADAPT]
                   if script == "eval.py" else [])
         done = subprocess.run([sys.executable, ROOT / script, *arguments.split(), *quoted, "--out", out],
                               capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert "| foundation |" in done.stdout and "| folora " in done.stdout
-    assert done.stdout.count("is up to date") == 3
+    assert done.stdout.count("is up to date") == 4
     everything(out)
     return out
 
 
 def test_every_stage_left_its_result(out):
     names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
-    runs = [f"code/{method}-lr{train.LEARNING_RATES[method]:g}-seed0"
+    runs = [f"code/{method}-lr{train.LEARNING_RATES[method]:g}-seed0{OPTIONS}"
             for method in ("lora", "folora", "folora-top")]
-    assert names == {"foundation.pt", "code/calibration.pt",
+    assert names == {"foundation.pt", "proxy.pt", "code/calibration.pt",
                      "code/foundation-test.json", "code/results-test.json",
                      *(f"{run}/{file}" for run in runs for file in ("adapter.pt", "test.json"))}
     results = json.loads((out / "code" / "results-test.json").read_text())
@@ -64,19 +69,50 @@ def test_a_second_run_makes_nothing_again(out, capsys):
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
     everything(out)
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == before
-    assert capsys.readouterr().out.count("is up to date") == 5
+    assert capsys.readouterr().out.count("is up to date") == 6
 
 
 def test_a_stage_whose_settings_changed_is_made_again(out, tmp_path, capsys):
-    """Another τ: the foundation stays, the calibration and what used it are redone, plain LoRA is not."""
+    """Other queries: foundation and samples stay, the calibration and what used it are redone, plain LoRA is
+    not."""
     tmp_path = tmp_path / "copy"
     subprocess.run(["cp", "-r", out, tmp_path], check=True)
     evaluation.main(["--task", "code", "--methods", "lora", "folora", "--pretrain", PRETRAIN,
-                     "--adapt", ADAPT, "--calibrate", CALIBRATE + " --tau 0.5", "--out", str(tmp_path)])
+                     "--adapt", ADAPT, "--calibrate", CALIBRATE + " --queries 9", "--out", str(tmp_path)])
     said = capsys.readouterr().out
-    assert "foundation.pt is up to date" in said and "lora-lr0.005-seed0/adapter.pt is up to date" in said
+    assert "foundation.pt is up to date" in said and "proxy.pt is up to date" in said
+    assert f"lora-lr0.005-seed0{OPTIONS}/adapter.pt is up to date" in said
     assert "calibration.pt written" in said
-    assert f"folora-lr{train.LEARNING_RATES['folora']:g}-seed0/adapter.pt written" in said
+    assert f"folora-lr{train.LEARNING_RATES['folora']:g}-seed0{OPTIONS}/adapter.pt written" in said
+
+
+def test_samples_and_their_moments_serve_every_task(out, tmp_path, capsys):
+    """A second task takes both from proxy.pt; other samples make both files anew."""
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    calibrate.main(f"--task math {CALIBRATE} --out {copy}".split())
+    assert "proxy.pt is up to date" in capsys.readouterr().out
+    proxy, code, math = (torch.load(copy / file, weights_only=True)
+                         for file in ("proxy.pt", "code/calibration.pt", "math/calibration.pt"))
+    for name, C_pre in proxy["C_pre"].items():
+        assert torch.equal(C_pre, code["layers"][name]["C_pre"])
+        assert torch.equal(C_pre, math["layers"][name]["C_pre"])
+        assert not torch.equal(code["layers"][name]["C_task"], math["layers"][name]["C_task"])
+    assert torch.equal(proxy["samples"], math["samples"]) and len(proxy["samples"]) == 20
+    calibrate.main(f"--task math {CALIBRATE} --samples 10 --out {copy}".split())
+    said = capsys.readouterr().out
+    assert "proxy.pt written" in said and "calibration.pt written" in said
+    assert len(torch.load(copy / "math" / "calibration.pt", weights_only=True)["samples"]) == 10
+
+
+def test_a_run_is_named_by_what_is_not_at_its_default():
+    """Rate and seed always; other options in the order of ADAPT_DEFAULTS; no two settings in one folder."""
+    def name(arguments):
+        return str(train.run_folder(train.parser().parse_args(f"adapt --lr 0.01 {arguments}".split())))
+    assert name("--task math --method lora") == "out/math/lora-lr0.01-seed0"
+    assert name("--method folora --seed 3 --tau 0.5 --s-min 0 --rank 4 --out x") == \
+        "x/code/folora-lr0.01-seed3-rank4-smin0.0-tau0.5"
+    assert name("--method lora --calibration other").endswith("-seed0-calibrationother")
 
 
 def test_the_same_command_gives_the_same_weights(out, tmp_path):
@@ -117,9 +153,124 @@ def test_an_interrupted_run_goes_on_exactly(out, tmp_path, monkeypatch, stage):
     monkeypatch.setattr(train, "save", real_save)
     train.main(arguments)
     resumed = torch.load(file, weights_only=True)
-    tensors = "model" if stage == "pretrain" else "lora"
+    tensors = "model" if stage == "pretrain" else "changed"
     assert resumed["losses"] == whole["losses"] and not list(path.glob("*.partial"))
     assert model_module.fingerprint(resumed[tensors]) == model_module.fingerprint(whole[tensors])
+
+
+@pytest.mark.parametrize("method", ["full", "folora-full", "folora-half", "lora-null-v2", "oplora", "replay"])
+def test_what_adapt_wrote_is_the_model_it_trained(out, tmp_path, monkeypatch, method):
+    """Full weights, a frozen A, protected directions: the file gives back the logits of the trained model,
+    and counts what was trained."""
+    copy, trained, cost = tmp_path / "copy", [], train.cost
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    monkeypatch.setattr(train, "cost", lambda model, *more: trained.append(model) or cost(model, *more))
+    oplora = dataclasses.replace(METHODS["oplora"], protected=functools.partial(oplora_protected, k=4))
+    monkeypatch.setitem(METHODS, "oplora", oplora)  # the default of 16 would be all that these layers have
+    path = train.main(f"adapt --task code --method {method} {ADAPT} --scale 2 --out {copy}".split())
+    model, x = train.load_adapter(path, copy, "cpu"), torch.arange(96)[None]
+    assert torch.allclose(model(x), trained[0](x), atol=1e-5)
+    assert not torch.allclose(model(x), train.load_foundation(copy, "cpu")[0](x), atol=1e-4)
+    assert model.state_dict().keys() == train.load_foundation(copy, "cpu")[0].state_dict().keys()
+    saved = torch.load(path, weights_only=True)
+    counted = sum(p.numel() for p in trained[0].parameters() if p.requires_grad)
+    assert saved["cost"]["trained"] == counted and saved["cost"]["bytes"] >= 4 * 4 * counted
+    assert saved["cost"]["seconds"] > 0
+
+
+@pytest.mark.parametrize("method", ["lora-kl", "folora-kl"])
+def test_penalty_is_measured_on_the_samples_themselves(out, method):
+    """μ/2 times the sum over layers of Tr(S ΔW C ΔWᵀ), both moments from every sample one by one; zero where
+    training starts."""
+    args = train.parser().parse_args(f"adapt --task code --method {method} {ADAPT} --out {out}".split())
+    base, foundation = train.load_foundation(out, "cpu")
+    model, calibration = train.load_foundation(out, "cpu")[0], train.load_calibration(args, foundation)
+    train.prepare(model, METHODS[method], calibration, args)
+    penalty = train.penalty_of(model, calibration, METHODS[method], 3.0)
+    assert abs(penalty()) < 1e-6
+    with torch.no_grad():
+        for name, p in model_module.lora_parameters(model).items():
+            p += torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
+    seen, layers = {}, model_module.block_linears(base)
+
+    def see(name, x, output):
+        output.retain_grad()
+        seen[name] = x.detach()[0], output
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, inputs[0], output))
+    S, tokens = dict.fromkeys(layers, 0), 0
+    for sample in calibration["samples"].tolist():
+        row = torch.tensor([256, *(t for t in sample if t >= 0)])
+        torch.nn.functional.cross_entropy(base(row[None, :-1])[0], row[1:], reduction="sum").backward()
+        tokens += len(row) - 1
+        for name, (x, output) in seen.items():
+            S[name] += output.grad[0].T @ output.grad[0]
+    expected = 0
+    for name, layer in model_module.block_linears(model, model_module.LoRALinear).items():
+        dW = layer.plain(merged=True).weight - layer.plain(merged=False).weight
+        C_pre = calibration["layers"][name]["C_pre"].float()  # tested in test_calibrate
+        expected += 3 / 2 * (S[name] / tokens @ dW @ C_pre @ dW.T).trace()
+    assert penalty().item() == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_penalty_enters_the_loss(out, tmp_path):
+    """With μ = 0 the run is plain LoRA's, with a large μ less moves."""
+    copy, learnt = tmp_path / "copy", {}
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    for options in "lora", "lora-kl --mu 0", "lora-kl --mu 1000":
+        path = train.main(f"adapt --task code --method {options} --lr 0.01 {ADAPT} --out {copy}".split())
+        learnt[options] = torch.load(path, weights_only=True)
+    assert learnt["lora"]["losses"] == learnt["lora-kl --mu 0"]["losses"]
+    assert learnt["lora"]["losses"][0] == learnt["lora-kl --mu 1000"]["losses"][0]
+    assert learnt["lora"]["losses"][1:] != learnt["lora-kl --mu 1000"]["losses"][1:]
+
+
+@pytest.mark.parametrize("method, share", [("lora", 0), ("replay", 0.25), ("folora-replay", 0.25)])
+def test_replay_adds_the_foundations_own_samples(out, tmp_path, monkeypatch, method, share):
+    """Behind the task's rows, which stay the same ones, come samples of which every token is a target, at
+    each step others."""
+    batches, replayed = [], []
+
+    class Enough(Exception):
+        pass
+
+    def fit(model, optimizers, batch, *more, **others):
+        batches.extend(batch(step) for step in (0, 1, 0))
+        raise Enough
+
+    monkeypatch.setattr(train, "fit", fit)
+    eot, rows = tasks.byte_encoding().eot_token, 8
+    for name in method, "lora":
+        with pytest.raises(Enough):
+            train.main(f"adapt --task code --method {name} {ADAPT} --batch {rows} --lr 1 --out {out}".split())
+    samples = torch.load(out / "proxy.pt", weights_only=True)["samples"].tolist()
+    samples = [[eot, *(t for t in sample if t >= 0)] for sample in samples]
+    for (x, y), (plain_x, plain_y) in zip(batches[:3], batches[3:], strict=True):
+        assert len(x) == rows + round(share * rows)
+        for row in range(rows):
+            width = (plain_y[row] != -100).nonzero().max() + 1
+            assert x[row, :width].tolist() == plain_x[row, :width].tolist()
+            assert y[row, :width].tolist() == plain_y[row, :width].tolist() and (y[row, width:] == -100).all()
+        for old_x, old_y in zip(x[rows:], y[rows:]):
+            counted = old_y != -100
+            replayed.append([eot, *old_y[counted].tolist()])
+            assert replayed[-1] in samples and old_x[counted].tolist() == replayed[-1][:-1]
+    first, second, first_again = (replayed[i * len(replayed) // 3:][:len(replayed) // 3] for i in range(3))
+    assert first == first_again and (first != second or not share)
+    assert torch.equal(batches[0][0], batches[2][0]) and not torch.equal(batches[0][0], batches[1][0])
+
+
+def test_snapshots_are_whole_adapters_along_the_way(out, tmp_path):
+    """Two of four steps: after steps 2 and 4, the last one what the run ended with."""
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    command = f"adapt --task code --method folora {ADAPT} --lr 0.1 --snapshots 2 --out {copy}"
+    path = train.main(command.split())
+    assert {p.name for p in path.parent.iterdir()} == {"adapter.pt", "step2.pt", "step4.pt"}
+    models = [train.load_adapter(path.with_name(name), copy, "cpu")
+              for name in ("step2.pt", "step4.pt", "adapter.pt")]
+    early, late, end = (model_module.fingerprint(model.state_dict()) for model in models)
+    assert early != late == end
 
 
 def failing(capsys, main, arguments):
@@ -133,13 +284,17 @@ def failing(capsys, main, arguments):
 
 @pytest.mark.parametrize("arguments, answer", [
     ("adapt --task poetry", "unknown task 'poetry'; the tasks are math, code, instruct"),
-    ("adapt --task code --method magic", "unknown method 'magic'; the methods are lora, folora"),
+    ("adapt --task code --method magic", "unknown method 'magic'; the methods are full, lora, "),
     ("adapt --task code --method lora --rank 17", "rank is 17; a layer of"),
     ("adapt --task code --method folora --rank 0", "rank is 0; a layer of"),
     ("adapt --task code --method folora --lam 0", "lam is 0.0; λ must be a positive number"),
     ("adapt --task code --method lora --lam -2", "lam is -2.0; λ must be a positive number"),
     ("adapt --task code --method folora --s-min 1.5", "s_min is 1.5; the smallest gate must lie in [0, 1]"),
     ("adapt --task code --method folora --s-min nan", "s_min is nan"),
+    ("adapt --task code --method folora --tau 0", "tau is 0.0; the damping must be a positive number"),
+    ("adapt --task code --method lora --tau nan", "tau is nan"),
+    ("adapt --task code --method folora --calibration other", "other.pt is missing; make it with: python"),
+    ("adapt --task code --method replay --out /nowhere", "foundation.pt is missing"),
     ("adapt --task code --method lora --lr -1", "lr is -1.0"),
     ("adapt --task code --method lora --steps 0", "0 is not a positive whole number"),
     ("adapt --task code --method lora --batch 99 --examples 8", "batch is 99"),
@@ -159,11 +314,63 @@ def test_what_a_user_gets_wrong_in_train(out, capsys, arguments, answer):
 
 @pytest.mark.parametrize("arguments, answer", [
     ("--task poetry", "unknown task 'poetry'"),
-    ("--tau 0", "tau is 0.0; the damping must be a positive number"), ("--tau nan", "tau is nan"),
+    ("--source /nowhere",
+     "/nowhere/foundation.pt is missing; make it with: python train.py pretrain --out /nowhere"),
     ("--samples 0", "0 is not a positive whole number"), ("--max-new 999", "999"),
     ("--samples 5 --min-tokens 500", "only 0 of 5 samples passed the filters")])
 def test_what_a_user_gets_wrong_in_calibrate(out, capsys, arguments, answer):
     assert answer in failing(capsys, calibrate.main, f"{arguments} --out {out}")
+
+
+def calibrated_from(source, out, copy):
+    """(what the proxy holds, the calibration) of a copy of `out` with texts from `source`, under a name."""
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    calibrate.main(f"--task code {CALIBRATE} --source {source} --name calibration-x --out {copy}".split())
+    return (torch.load(copy / "proxy-x.pt", weights_only=True),
+            torch.load(copy / "code" / "calibration-x.pt", weights_only=True))
+
+
+@pytest.mark.parametrize("source", ["mixture", "facts", "prose", "source"])
+def test_calibration_on_the_true_pretraining_text(out, tmp_path, source):
+    """Full rows of the mixture or of one domain, for C_pre alone; the foundation's own calibration stays, and
+    a run's settings say which one it used."""
+    own = torch.load(out / "code" / "calibration.pt", weights_only=True)
+    proxy, x = calibrated_from(source, out, tmp_path / "copy")
+    assert proxy["settings"]["source"] == x["settings"]["source"] == source
+    assert proxy["samples"].shape == (20, 128) and proxy["samples"].min() >= 0
+    facts = ["".join(fact) + "\n" for fact in tasks.fact_items()]
+    eot, packed = tasks.byte_encoding().eot_token, 0
+    for row in proxy["samples"].tolist():
+        *documents, last = "".join("\0" if t == eot else chr(t) for t in row).split("\0")
+        packed += len(documents) > 0
+        if source == "facts":
+            assert all(d in facts for d in documents) and any(fact.startswith(last) for fact in facts)
+        elif source != "mixture":
+            assert last.encode("latin1") in tasks.library_text(source)[0].encode() and not documents
+    assert 0 < packed < 20 if source == "mixture" else packed == 20 * (source == "facts")
+    for name, m in x["layers"].items():
+        assert torch.equal(m["C_task"], own["layers"][name]["C_task"])
+        assert not torch.equal(m["C_pre"], own["layers"][name]["C_pre"])
+    run = f"adapt --task code --method folora {ADAPT} --calibration calibration-x --out {tmp_path / 'copy'}"
+    assert torch.load(train.main(run.split()), weights_only=True)["settings"]["measured"] == x["settings"]
+
+
+def test_calibration_on_what_another_foundation_writes(out, tmp_path):
+    """The other foundation writes, this one reads."""
+    other = tmp_path / "other"
+    train.main(["pretrain", *PRETRAIN.split(), "--seed", "5", "--out", str(other)])
+    calibrate.main(f"--task code {CALIBRATE} --out {other}".split())
+    written = torch.load(other / "proxy.pt", weights_only=True)
+    own = torch.load(out / "proxy.pt", weights_only=True)
+    proxy, x = calibrated_from(other, out, tmp_path / "copy")
+    assert torch.equal(proxy["samples"], written["samples"])
+    assert proxy["settings"]["foundation"] == own["settings"]["foundation"]
+    model, _ = train.load_foundation(out, "cpu")
+    eot = tasks.byte_encoding().eot_token
+    rows = [[eot, *(t for t in row.tolist() if t >= 0)][:128] for row in proxy["samples"]]
+    for name, C_pre in calibrate.second_moments(model, rows).items():
+        assert torch.allclose(proxy["C_pre"][name], C_pre)
+        assert not torch.allclose(written["C_pre"][name], C_pre)
 
 
 def test_files_that_do_not_belong_are_refused(out, tmp_path, capsys):

@@ -1,11 +1,19 @@
-"""The model: one transformer, cached or not, padded or not; LoRA that changes nothing until it learns."""
+"""The model: one transformer, cached or not, padded or not; LoRA, and every method, that changes nothing
+until it learns."""
+import argparse
+import dataclasses
+import functools
 import pathlib
 import pickle
 
 import pytest
 import torch
 from hypothesis import given, strategies as st
+from torch.nn.functional import cross_entropy
 
+import train
+from calibrate import second_moments
+from folora import METHODS, SAdam, oplora_protected
 from model import (GPT, GPTConfig, add_lora, block_linears, fingerprint, generate, load, lora_parameters,
                    merge_lora, remove_lora, save, truncate)
 
@@ -67,6 +75,22 @@ def test_answers_do_not_depend_on_the_batch(prompts):
     assert generate(model, prompts, 6, [3]) == [generate(model, [p], 6, [3])[0] for p in prompts]
 
 
+@given(tokens=st.integers(1, 24), rows=st.integers(1, 4), seed=st.integers(0, 99))
+def test_logits_of_chosen_positions_are_those_among_all(tokens, rows, seed):
+    """`only` picks positions, in the order of a mask's; the loss is the mean over the targets that count."""
+    model, generator = micro(seed % 3), torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 31, (rows, tokens), generator=generator)
+    only = torch.rand(rows, tokens, generator=generator) < 0.5
+    only[0, 0] = True
+    logits = model(x)
+    assert model(x, only=only).shape == (only.sum(), 31)
+    assert torch.allclose(model(x, only=only), logits[only], atol=1e-4)
+    y = torch.randint(0, 31, x.shape, generator=generator).where(only, torch.tensor(-100))
+    with torch.no_grad(), train.autocast(x.device):
+        expected = cross_entropy(model(x).float().flatten(0, 1), y.flatten(), ignore_index=-100)
+        assert train.loss_of(model, x, y).item() == pytest.approx(expected.item(), rel=0.01)
+
+
 def test_generate_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="context of 24"):
         generate(micro(), [[1] * 20], 10)
@@ -126,6 +150,75 @@ def test_merged_is_unmerged_and_removed_is_the_base(seed):
     remove_lora(again)
     assert all(torch.allclose(a, b, atol=1e-5)
                for a, b in zip(again.state_dict().values(), micro().state_dict().values()))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Every method on a model
+
+@functools.cache
+def calibration():
+    """Second moments of `micro()` on random rows, for C_pre and for C_task."""
+    rows = torch.randint(0, 31, (2, 40, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    C_pre, C_task = (second_moments(micro(), some) for some in rows)
+    return {"layers": {name: {"C_pre": C_pre[name], "C_task": C_task[name]} for name in C_pre}}
+
+
+def prepared(name, rank=3, scale=0.5):
+    """(model ready for the method, SAdam's bases and gates, {name: trained parameter})."""
+    model, args = micro(), argparse.Namespace(seed=0, rank=rank, scale=scale, tau=0.01, lam=1.0, s_min=0.3)
+    method = METHODS[name]
+    if method.protected:  # the 16 directions it protects are all that these layers have
+        method = dataclasses.replace(method, protected=functools.partial(oplora_protected, k=4))
+    spectral = train.prepare(model, method, calibration() if method.calibrated else None, args)
+    return model, spectral, {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_starts_as_the_foundation(name):
+    """Before the first step the logits are the foundation's, and merged weights are its weights."""
+    model, x = prepared(name)[0], torch.randint(0, 31, (4, 20), generator=torch.Generator().manual_seed(1))
+    assert torch.allclose(model(x), micro()(x), atol=1e-3)
+    merge_lora(model)
+    assert all(torch.allclose(a, b, atol=1e-5)
+               for a, b in zip(model.state_dict().values(), micro().state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_what_it_says(name):
+    """A and B, or B alone, or without an adapter every parameter, or with SAdam every matrix of the blocks;
+    a basis and a gate of its width for each A, or each matrix."""
+    method, (model, spectral, trained) = METHODS[name], prepared(name)
+    matrices = {f"{layer}.weight" for layer in block_linears(micro())}
+    factors = {n for n, _ in model.named_parameters() if n.endswith(".lora_A") or n.endswith(".lora_B")}
+    if name == "full":
+        assert trained.keys() == {n for n, _ in micro().named_parameters()}
+    elif name == "folora-full":
+        assert trained.keys() == matrices
+    elif name in ("lora-null-v2", "null-frozen", "top-frozen"):
+        assert trained.keys() == {n for n in factors if n.endswith("lora_B")}
+    else:
+        assert trained.keys() == factors
+    stepped = {n for n, p in trained.items() if p in spectral}
+    assert len(stepped) == len(spectral)
+    assert stepped == ({n for n in trained if not n.endswith("lora_B")} if method.steps else set())
+    for p, (V, gate) in spectral.items():
+        assert V.shape == (p.shape[1], p.shape[1] // 2 if name == "folora-half" else p.shape[1])
+        assert gate.shape == V.shape[1:] and (gate > 0).all() and (gate <= 1).all()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_moves_what_it_trains_and_nothing_else(name):
+    """Two steps: each trained parameter moved, all others are what they were, to the bit."""
+    model, spectral, trained = prepared(name)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    optimizer = SAdam(trained.values(), spectral, lr=1e-3)
+    x = torch.arange(24)[None]
+    for _ in range(2):  # B0 = 0 gives A its first gradient in the second
+        optimizer.zero_grad()
+        train.loss_of(model, x, (x + 1) % 31).backward()
+        optimizer.step()
+    moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
+    assert moved - {"lm_head.weight"} == trained.keys()  # tied to the embedding
 
 
 @pytest.mark.parametrize("r", [0, -1, 17])

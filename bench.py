@@ -1,0 +1,660 @@
+"""The comparison behind the README's findings: every method, learning rate and seed, and FoLoRA taken apart.
+
+    python eval.py --compare           # what is missing of it; stop it and start it again as you like
+    python eval.py --ablate            # the same for the variants of FoLoRA
+    python eval.py --report            # tables and pictures from what is finished
+
+Methods forget more the harder they are pushed, so one learning rate says little. Here each method's rate is
+swept, and retention is compared where the methods have learnt equally much.
+"""
+import contextlib
+import functools
+import math
+import multiprocessing
+import os
+import pathlib
+import platform
+import shlex
+import time
+
+import torch
+
+import calibrate
+import tasks
+import train
+from eval import evaluate, items_of, kept, markdown, score_items
+from folora import forgetting_penalty, solve_layer, spectral_gate
+from model import block_linears, load, pick_device, write_whole
+from train import load_adapter, load_foundation
+
+try:
+    import fcntl
+except ImportError:  # Windows: a comparison there is for one process
+    fcntl = None
+
+# ------------------------------------------------------------------------------------------------------------
+# A run is (task, method, rate index, seed, other options of train.py adapt). Seed 0 sweeps the
+# learning rate and is judged on validation items. The other seeds are reported, on test items, at the rates
+# around the one where seed 0 reached the level: the target score at which retention is compared.
+
+LEVEL = 0.8                              # of the best target score in LoRA's first sweep
+SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
+COMPARED = ("folora-kl", "folora", "folora-top", "replay", "lora", "lora-null", "corda", "sc-lora", "milora",
+            "pissa", "oplora", "lora-null-v2", "full")
+QUICK = ("lora", "lora-null", "replay", "folora", "folora-kl")
+FULL_WEIGHTS = ("full", "folora-full")   # these need rates 16 times smaller
+ITEMS, ROWS = 100, 64                    # of each kind, of held-out text
+
+# FoLoRA taken apart: {group: {name: (method, options of train.py adapt)}}
+ABLATIONS = {
+    "the penalty in the loss": {
+        **{name: (name, ()) for name in ("folora-kl", "lora-kl", "null-kl", "folora-top-kl",
+                                         "folora-kl-replay", "folora-one-sided")},
+        **{f"folora-kl, mu {mu}": ("folora-kl", ("--mu", mu)) for mu in ("3", "30")}},
+    "coordinates and gate": {name: (name, ()) for name in (
+        "folora", "null-adam", "null-ungated", "null-evenly", "null-penalty", "null-utility", "folora-half")},
+    "start": {name: (name, ()) for name in (
+        "folora", "folora-top", "kaiming-sadam", "top-adam", "null-frozen", "top-frozen")},
+    "replay, full weights": {name: (name, ()) for name in ("folora-replay", "folora-full")},
+    "strength": {f"folora, {option} {value}": ("folora", (f"--{option}", value)) for option, value in (
+        ("lam", "0.3"), ("lam", "3"), ("lam", "10"), ("s-min", "0"), ("s-min", "0.1"), ("s-min", "0.6"),
+        ("tau", "0.001"), ("tau", "0.1"), ("tau", "1"))},
+    "calibration": {f"folora-kl, {name}": ("folora-kl", ("--calibration", f"calibration-{name}"))
+                    for name in ("mixture", "prose", "facts", "small", "16", "128", "500")},
+    "twice the steps": {f"{name}, 400 steps": (name, ("--steps", "400")) for name in QUICK},
+}
+ABLATION_SEEDS = (1, 2, 3)
+CALIBRATIONS = {"mixture": "--source mixture", "prose": "--source prose", "facts": "--source facts",
+                "small": "--source {out}/small", "16": "--samples 16", "128": "--samples 128",
+                "500": "--samples 500"}
+SMALL = "--layers 2 --width 64 --heads 2"  # the smaller foundation, which writes one of the calibrations
+
+
+def rate(k):
+    """Learning rate k of the grid, two a factor of two: 0.004 at k = 4."""
+    return float(f"{1e-3 * 2 ** (k / 2):.1e}")
+
+
+class Study:
+    """All runs of a comparison under `out`: which are finished, and how to do one."""
+
+    def __init__(self, out, chosen, adapt=""):
+        self.out, self.tasks, self.device = pathlib.Path(out), chosen, pick_device()
+        self.adapt = shlex.split(adapt)  # options for every run
+        self.base, foundation = load_foundation(out, self.device)
+        self.C_pre = load(self.out / "proxy.pt", "proxy", f"python calibrate.py --out {out}")["C_pre"]
+        self.identity = {task: {"foundation": foundation, "python": platform.python_version(), "text":
+                                tasks.fingerprint(i.prompt + i.answer for split in tasks.SPLITS
+                                                  for i in tasks.task_items(task, split, tasks.HELD_OUT))}
+                         for task in chosen}
+        self.finished = {}
+
+    @functools.cache
+    def args(self, run):
+        task, method, k, seed, other = run
+        return train.parser().parse_args(["adapt", "--task", task, "--method", method, "--lr", str(rate(k)),
+                                          "--seed", str(seed), "--out", str(self.out), *self.adapt, *other])
+
+    def result(self, run):
+        """The finished run's result, None when there is none."""
+        if run not in self.finished:
+            found = kept(train.run_folder(self.args(run)) / "result.json", self.identity[run[0]])
+            if not found:
+                return None
+            self.finished[run] = found
+        return self.finished[run]
+
+    def do(self, run):
+        """Train and evaluate: seed 0 on validation items, others on test items."""
+        args = self.args(run)
+        folder, split = train.run_folder(args), "test" if args.seed else "valid"
+
+        def scores(path):
+            model = load_adapter(path, args.out, self.device)
+            return model, evaluate(model, items_of(args.task, split, ITEMS), split, ROWS)
+
+        def make():
+            with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
+                try:
+                    path = train.adapt(args)
+                except ValueError as error:  # a rate so large that the loss is not finite
+                    return {"failed": str(error)}
+            model, result = scores(path)
+            learnt = result["target"] if not args.seed else score_items(
+                model, items_of(args.task, "valid", ITEMS)["target"], tasks.byte_encoding())
+            steps = range(0, args.steps + 1, args.steps // args.snapshots)[1:] if args.snapshots else []
+            along = [(step, scores(folder / f"step{step}.pt")[1]) for step in steps]
+            return {split: result, "learnt": learnt["score"], **self.moved(model),
+                    "cost": load(path, "adapter", "")["cost"],
+                    "curve": [(step, s["Avg2"], s["Avg1"]) for step, s in along]}
+
+        return kept(folder / "result.json", self.identity[args.task], make)
+
+    def moved(self, model):
+        """‖ΔW‖_F over all projections, and ‖ΔW X_pre‖_F as a share of ‖W0 X_pre‖_F, in percent."""
+        size = drift = whole = 0
+        before = block_linears(self.base)
+        for name, layer in block_linears(model).items():
+            C, W0 = self.C_pre[name].to(self.device), before[name].weight.double()
+            dW = layer.weight.double() - W0
+            size, drift = size + dW.square().sum(), drift + forgetting_penalty(dW, C)
+            whole = whole + forgetting_penalty(W0, C)
+        return {"size": size.sqrt().item(), "drift": 100 * (drift / whole).sqrt().item()}
+
+    @functools.cache
+    def start(self, task, split):
+        """The foundation's own scores."""
+        return kept(self.out / task / f"foundation-{split}-{ITEMS}.json", self.identity[task],
+                    lambda: evaluate(self.base, items_of(task, split, ITEMS), split, ROWS))
+
+    def level(self, task):
+        """The target score at which retention is compared; None before LoRA's first runs are finished."""
+        found = [self.result((task, "lora", k, 0, ())) for k in first_rates("lora")]
+        return None if None in found else LEVEL * max(learnt(f) for f in found)
+
+
+# Which runs? Each of these returns (missing runs, {rate index: result} of the finished ones).
+
+def learnt(result):
+    """Target score on validation items."""
+    return result.get("learnt", 0)
+
+
+def first_rates(method):
+    return (-4, -2, 0) if method in FULL_WEIGHTS else (4, 6, 8)
+
+
+def curve(study, task, method, seed, other, wanted, extend):
+    """The rates `wanted`, and those that extend(results) asks for, until it asks for no more."""
+    wanted = set(wanted)
+    while True:
+        runs = {k: (task, method, k, seed, other) for k in sorted(wanted)}
+        found = {k: study.result(run) for k, run in runs.items()}
+        if None in found.values():
+            return [runs[k] for k in runs if not found[k]], {k: f for k, f in found.items() if f}
+        more = extend(found) - wanted
+        if not more:
+            return [], found
+        wanted |= more
+
+
+def sweep(study, task, method):
+    """Seed 0: four rates or more, until the best GM is not at an edge and the level lies between two
+    neighbours."""
+    level = study.level(task)
+
+    def extend(found):
+        rates, best, (low, high) = sorted(found), best_rate(found), bracket(found, level)
+        more = {rates[-1] - 1} if len(rates) == 3 else set()
+        if low is not None and high is not None:
+            more |= {(low + high) // 2}
+        if len(rates) < 7:
+            if rates[0] in (best, high):
+                more |= {rates[0] - 2}
+            if best == rates[-1] or high is None and best in rates[-2:]:
+                more |= {rates[-1] + 2}
+        return more
+
+    missing, found = curve(study, task, method, 0, (), first_rates(method),
+                           extend if level else lambda found: set())
+    return missing or [(task, "lora", k, 0, ()) for k in first_rates("lora") if not level], found
+
+
+def bracket(found, level):
+    """(k below, k at or above): neighbours between which the target score first reaches the level on
+    validation items; None where there is none."""
+    low = None
+    for k, result in sorted(found.items()):
+        if learnt(result) >= level:
+            return low, k
+        low = k
+    return low, None
+
+
+def best_rate(found):
+    """The rate index of highest GM on validation items."""
+    return max(found, key=lambda k: found[k]["valid"]["GM"] if "valid" in found[k] else 0)
+
+
+def seed_runs(study, task, method, seed, other=()):
+    """A reported seed: the two rates around the level, and further ones until this seed's own validation
+    target passes it. A variant of FoLoRA starts where FoLoRA did."""
+    missing, found = sweep(study, task, method if method in COMPARED else "folora")
+    if missing:
+        return missing, {}
+    level = study.level(task)
+    low, high = bracket(found, level)
+    if high is None:  # never reached: its best rate alone
+        return curve(study, task, method, seed, other, {best_rate(found)}, lambda f: set())
+    low = high - 1 if low is None else low
+    if method not in COMPARED and method in FULL_WEIGHTS:
+        low, high = low - 8, high - 8
+
+    def extend(found):
+        if learnt(found[max(found)]) < level and max(found) < high + 3:
+            return {max(found) + 1}
+        return {min(found) - 1} if learnt(found[min(found)]) >= level and min(found) > low - 3 else set()
+
+    return curve(study, task, method, seed, other, {low, high}, extend)
+
+
+def settled(study, task, method):
+    """(k, results of the reported seeds there): the lowest rate at which seed 0 reached the level, or else
+    the one of best GM."""
+    missing, found = sweep(study, task, method)
+    if missing:
+        return None, []
+    k = bracket(found, study.level(task))[1]
+    k = best_rate(found) if k is None else k
+    return k, [f[k] for f in seeds(study, task, method).values() if "test" in f.get(k, {})]
+
+
+def seeds(study, task, method, other=()):
+    """{seed: {k: result}} of the reported seeds whose runs are all there."""
+    runs = {seed: seed_runs(study, task, method, seed, other) for seed in SEEDS + FINAL_SEEDS}
+    return {seed: found for seed, (missing, found) in runs.items() if not missing}
+
+
+def snapshot_runs(study, task):
+    """LoRA and FoLoRA once more, evaluated along the way."""
+    rates = {method: settled(study, task, method)[0] for method in ("lora", "folora", "folora-kl")}
+    return [(task, method, k, 1, ("--snapshots", "10")) for method, k in rates.items() if k is not None]
+
+
+def finalists(study):
+    """FoLoRA and the three best others: highest mean retention at the level, seed 0."""
+    def mean(method):
+        retained = [at_level(study, task, sweep(study, task, method)[1], "valid") for task in study.tasks]
+        return sum(value or 0 for value in retained) / len(retained)
+    others = sorted((m for m in COMPARED if m != "folora"), key=mean)[-3:]
+    return ["folora", *others]
+
+
+def missing_runs(study, ablate, quick):
+    """The runs to do, the most telling ones first. What follows from a sweep is known when it is finished."""
+    variants = dict.fromkeys(variant for group in ABLATIONS.values() for variant in group.values())
+    methods = QUICK if quick else COMPARED
+    if ablate:
+        methods = dict.fromkeys(["lora", "folora", *(method for method, _ in variants if method in COMPARED)])
+    runs = [run for method in methods for task in study.tasks for run in sweep(study, task, method)[0]]
+    if ablate:
+        more = [(method, other, seed) for seed in ABLATION_SEEDS for method, other in variants]
+    else:
+        more = [] if quick else [(method, (), seed) for method in methods for seed in SEEDS]
+        if more and not runs:
+            more += [(method, (), seed) for method in finalists(study) for seed in FINAL_SEEDS]
+    for method, other, seed in more:
+        for task in study.tasks:
+            runs += seed_runs(study, task, method, seed, other)[0]
+    if not (ablate or quick):
+        runs += [run for task in study.tasks for run in snapshot_runs(study, task) if not study.result(run)]
+    return list(dict.fromkeys(runs))
+
+
+# Doing them, in as many processes as there are cores
+
+@contextlib.contextmanager
+def claimed(folder):
+    """Whether this process alone works in `folder`. The claim ends with the process, however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def work(out, chosen, adapt, ablate, quick, workers):
+    """Do missing runs until there are none; other processes may do the same on the same folder."""
+    study, parent = Study(out, chosen, adapt), multiprocessing.parent_process()
+    if study.device.type == "cpu":
+        torch.set_num_threads(1)  # one run a core: 1.3 times the throughput of one run on two cores
+    began, done = time.time(), 0
+    while runs := missing_runs(study, ablate, quick):
+        for run in runs:
+            with claimed(train.run_folder(study.args(run))) as mine:
+                if mine and not study.result(run):
+                    described = describe(run, study.do(run))
+                    done += 1
+                    left = (len(runs) - 1) * (time.time() - began) / done / workers / 60
+                    print(f"{described}   {len(runs) - 1} known runs to go, about {left:.0f} min", flush=True)
+                    break
+        else:
+            time.sleep(2)  # the others are at the last ones, from which more may follow
+        if parent and not parent.is_alive():
+            return
+
+
+def describe(run, result):
+    task, method, k, seed, other = run
+    said = f"{task:9}{' '.join([method, *other]):24} lr {rate(k):<8g} seed {seed}  "
+    if "failed" in result:
+        return said + result["failed"]
+    scores = result.get("test", result.get("valid"))
+    return said + f"target {scores['Avg2']:5.1f}  kept {scores['Avg1']:5.1f}  drift {result['drift']:5.1f} %"
+
+
+def compare(args, chosen):
+    """Make what the comparison needs, then let workers do its runs."""
+    out = ["--out", args.out]
+    train.main(["pretrain", *out, *shlex.split(args.pretrain)])
+    if args.ablate:
+        train.main(["pretrain", *shlex.split(f"{args.pretrain} {SMALL}"), "--out", f"{args.out}/small"])
+    variants = CALIBRATIONS if args.ablate else {}
+    for task in chosen:
+        calibrate.main(["--task", task, *out, *shlex.split(args.calibrate)])
+        for name, options in variants.items():
+            calibrate.main(["--task", task, *out, *shlex.split(args.calibrate), "--name", f"calibration-{name}",
+                            *options.format(out=args.out).split()])
+    cores = os.cpu_count()
+    workers = args.workers or (cores if pick_device().type == "cpu" else max(1, min(8, cores // 2)))
+    context = multiprocessing.get_context("spawn")
+    about = args.out, chosen, args.adapt, args.ablate, args.quick, workers
+    processes = [context.Process(target=work, args=about) for _ in range(workers)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            process.terminate()
+    if any(process.exitcode for process in processes):
+        raise ValueError("a worker stopped, what it said stands above; the same command goes on")
+    if args.ablate:
+        study = Study(args.out, chosen, args.adapt)
+        for task in chosen:
+            size_control(study, task)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The report: tables and pictures from finished runs alone
+
+T975 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}  # Student's t for the 95 % interval of so many seeds
+
+
+def average(values):
+    values = list(values)
+    return sum(values) / len(values)
+
+
+def interval(values):
+    """"mean ±half width (seeds)" of the 95 % interval; "-" where a seed never reached the level."""
+    if not values or None in values:
+        return "-"
+    mean, n = average(values), len(values)
+    half = T975[n] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
+    return f"{mean:.1f} ±{half:.1f} ({n})"
+
+
+def at_level(study, task, found, split, share=1.0):
+    """Retention (Avg1) where the target score is `share` times the level: linear between the two rates where
+    it first passes that, rate 0 being the foundation itself; None when no rate reaches it."""
+    level, start = share * study.level(task), study.start(task, split)
+    points = [(start["Avg2"], start["Avg1"])]
+    for _, result in sorted(found.items()):
+        if split in result:
+            points.append((result[split]["Avg2"], result[split]["Avg1"]))
+            (t0, kept0), (t1, kept1) = points[-2:]
+            if t1 >= level:
+                return kept1 if t1 == t0 else kept0 + (kept1 - kept0) * (level - t0) / (t1 - t0)
+    return None
+
+
+def frontier_area(study, task, found):
+    """Mean, over target scores from 1 to 100, of the best retention among the rates that reach it; seed 0."""
+    scores = [study.start(task, "valid"), *(f["valid"] for f in found.values() if "valid" in f)]
+    return average(max((s["Avg1"] for s in scores if s["Avg2"] >= target), default=0)
+                   for target in range(1, 101))
+
+
+def matched(study, task, method, other=()):
+    """Retention at the level of each reported seed, on test items."""
+    return [at_level(study, task, found, "test") for found in seeds(study, task, method, other).values()]
+
+
+def headline(study):
+    """One row a method: retention at the level; from seed 0's sweep, on validation items, retention at 95 %
+    of LoRA's best, the area under the frontier, and GM at the best rate and at one rate for all methods."""
+    rows = []
+    for method in COMPARED:
+        sweeps = {task: sweep(study, task, method) for task in study.tasks}
+        if any(missing for missing, _ in sweeps.values()):
+            continue
+        found = {task: f for task, (_, f) in sweeps.items()}
+        near = [at_level(study, task, f, "valid", 0.95 / LEVEL) for task, f in found.items()]
+        gm = [{k: x["valid"]["GM"] for k, x in f.items() if "valid" in x} for f in found.values()]
+        rows.append([method, *(interval(matched(study, task, method)) for task in study.tasks),
+                     " ".join("-" if x is None else f"{x:.0f}" for x in near),
+                     f"{average(frontier_area(study, task, f) for task, f in found.items()):.1f}",
+                     f"{average(max(g.values()) for g in gm):.1f}",
+                     f"{average(g.get(6, 0) for g in gm):.1f}"])
+    head = ["", *(f"{task}, at {study.level(task):.0f}" for task in study.tasks), "at 95 %", "area",
+            "best GM", f"GM at {rate(6):g}"]
+    return markdown(head, rows)
+
+
+def details(study, task):
+    """One row a method, at its `settled` rate, over the reported seeds."""
+    start, rows = study.start(task, "test"), []
+    kinds = list(start["kept"])
+
+    def fastest(method):  # of all runs: what else the machine did at the time slows some
+        return min(x["cost"]["seconds"] for run, x in study.finished.items()
+                   if run[:2] == (task, method) and not run[4] and "cost" in x)
+
+    for method in COMPARED:
+        k, runs = settled(study, task, method)
+        if not runs:
+            continue
+        tests, cost = [x["test"] for x in runs], [x["cost"] for x in runs]
+        scores = {kind: average(t["kept"][kind]["score"] for t in tests) for kind in kinds}
+        ratio = average(t["Avg1"] for t in tests) / start["Avg1"]
+        capped = average(min(1, scores[kind] / start["kept"][kind]["score"]) for kind in kinds)
+        rows.append([method, f"{rate(k):g}", interval([t["Avg2"] for t in tests]),
+                     *(f"{scores[kind]:.0f}" for kind in kinds), interval([t["Avg1"] for t in tests]),
+                     f"{100 * ratio:.0f} / {100 * capped:.0f}", f"{average(t['GM'] for t in tests):.1f}",
+                     *(f"{average(t['text'][kind]['score'] for t in tests):.2f}" for kind in start["text"]),
+                     f"{average(x['size'] for x in runs):.1f}", f"{average(x['drift'] for x in runs):.1f}",
+                     f"{fastest(method) / fastest('lora'):.2f}", f"{cost[0]['bytes'] / 1e6:.1f}",
+                     f"{cost[0]['trained'] / 1e3:.0f}"])
+    return markdown(["", "rate", "target = Avg2", *kinds, "Avg1", "Avg1 % ratio / capped", "GM",
+                     *(f"{kind} b/B" for kind in start["text"]), "‖ΔW‖", "drift %", "time", "MB",
+                     "trained k"], rows)
+
+
+def explanations(study):
+    """Which measure of ΔW says how much is kept? Rank correlations over all runs of the sweeps."""
+    runs = swept(study)
+
+    def correlation(key):
+        ranks = [torch.tensor(x).argsort().argsort().double()
+                 for x in ([r[key] for _, r in runs], [r["valid"]["Avg1"] for _, r in runs])]
+        return torch.corrcoef(torch.stack(ranks))[0, 1].item()
+
+    return (f"Rank correlation of what is kept with the drift ‖ΔW X_pre‖: {correlation('drift'):.2f}, with the "
+            f"size ‖ΔW‖_F: {correlation('size'):.2f} ({len(runs)} runs: all methods and rates, seed 0)")
+
+
+def swept(study):
+    """[(method, result)] of all finished runs of the sweeps."""
+    return [(run[1], x) for run, x in study.finished.items() if run[3] == 0 and not run[4] and "valid" in x]
+
+
+def size_control(study, task):
+    """{method: scores}: each method's ΔW at its settled rate, seed 1, rescaled to the ‖ΔW‖_F of FoLoRA's."""
+    runs = {method: (task, method, settled(study, task, method)[0], 1, ()) for method in COMPARED}
+    runs = {method: run for method, run in runs.items()
+            if run[2] is not None and "size" in (study.result(run) or {})}
+    if "folora" not in runs:
+        return {}
+    wanted = study.result(runs["folora"])["size"]
+
+    def make():
+        scores = {}
+        for method, run in runs.items():
+            model = load_adapter(train.run_folder(study.args(run)) / "adapter.pt", study.out, study.device)
+            factor = wanted / study.result(run)["size"]
+            with torch.no_grad():
+                for p, p0 in zip(model.parameters(), study.base.parameters()):
+                    p.copy_(p0 + factor * (p - p0))
+            scores[method] = {"factor": factor,
+                              **evaluate(model, items_of(task, "test", ITEMS), "test", ROWS)}
+        return {"scores": scores}
+
+    identity = {**study.identity[task], "rates": {method: run[2] for method, run in runs.items()}}
+    return kept(study.out / task / "rescaled.json", identity, make)["scores"]
+
+
+def ablations(study):
+    """Retention at the level, a table a group."""
+    said = []
+    for title, group in ABLATIONS.items():
+        rows = [[name, *(interval(matched(study, task, *variant)) for task in study.tasks)]
+                for name, variant in group.items()]
+        rows = [row for row in rows if set(row[1:]) != {"-"}]
+        if rows:
+            head = [title, *(f"{task}, at {study.level(task):.0f}" for task in study.tasks)]
+            said.append(markdown(head, rows))
+    for task in study.tasks:
+        if (study.out / task / "rescaled.json").exists():
+            rows = [[method, f"{x['factor']:.2f}", f"{x['Avg2']:.1f}", f"{x['Avg1']:.1f}"]
+                    for method, x in size_control(study, task).items()]
+            said.append(markdown([f"{task}, ΔW rescaled to FoLoRA's size", "factor", "target", "Avg1"], rows))
+    return said
+
+
+def report(args, chosen):
+    """Tables to the screen and to out/report.md; pictures to the folder --assets, when it is given."""
+    study = Study(args.out, chosen, args.adapt)
+    for task in study.tasks:
+        if study.level(task) is None:
+            raise ValueError(f"{args.out} holds no comparison on {task} yet; run: python eval.py --compare")
+    said = [f"Retention (Avg1) where the target score is {LEVEL:.0%} of LoRA's best. Test items, mean ±95 % "
+            "interval (seeds)", headline(study)]
+    for task in study.tasks:
+        said += [f"{task}, each at the lowest rate that reached {study.level(task):.0f}",
+                 details(study, task)]
+    said = "\n\n".join([*said, explanations(study), *ablations(study)]) + "\n"
+    write_whole(pathlib.Path(args.out) / "report.md", lambda f: f.write(said.encode()))
+    print(said)
+    if args.assets:
+        plt = pyplot()
+        for picture in picture_frontier, picture_drift, picture_spectrum, picture_skills, picture_training:
+            path = pathlib.Path(args.assets) / f"{picture.__name__.removeprefix('picture_')}.png"
+            write_whole(path, lambda f: picture(study, plt).savefig(f, dpi=150, format="png"))
+            print(f"{path} written")
+
+
+# Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, and a marker for each method besides.
+LOOKS = {"folora-kl": ("#D55E00", "P"), "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"),
+         "replay": ("#E69F00", "^"), "lora-null": ("#CC79A7", "D"), "lora": ("#000000", "X")}
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("pictures need matplotlib; install it with: pip install matplotlib")
+    matplotlib.use("Agg")
+    matplotlib.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False,
+                                "legend.frameon": False})
+    from matplotlib import pyplot
+    return pyplot
+
+
+def panels(plt, titles, ylabel, draw):
+    """One panel a title, by draw(ax, title); one legend below."""
+    figure, axes = plt.subplots(1, len(titles), figsize=(9, 3.2), sharey=True, squeeze=False)
+    for ax, title in zip(axes[0], titles):
+        ax.set_title(title)
+        draw(ax, title)
+    axes[0][0].set_ylabel(ylabel)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="lower center", ncol=max(1, len(labels)))
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    return figure
+
+
+def picture_frontier(study, plt):
+    """Target against retention: every method's learning-rate curve, seed 0, validation items."""
+    def draw(ax, task):
+        start = study.start(task, "valid")
+        for method in (*LOOKS, *(m for m in COMPARED if m not in LOOKS)):
+            found = sorted(sweep(study, task, method)[1].items())
+            points = [start, *(f["valid"] for _, f in found if "valid" in f)]
+            points = [(scores["Avg2"], scores["Avg1"]) for scores in points]
+            colour, marker = LOOKS.get(method, ("#AAAAAA", "."))
+            ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.3,
+                    zorder=2 if method in LOOKS else 1, label=method if method in LOOKS else "the others" if method == "full" else None)
+        ax.axvline(study.level(task), color="#AAAAAA", linestyle=":", linewidth=1)
+        ax.axhline(start["Avg1"], color="#AAAAAA", linestyle="--", linewidth=1)
+        ax.set(xlabel="learnt: target, % right", xlim=(-3, 103), ylim=(-3, 103))
+    return panels(plt, study.tasks, "kept: Avg1, % right", draw)
+
+
+def picture_drift(study, plt):
+    """What is kept against the drift and against the size of ΔW: all runs of the sweeps."""
+    def draw(ax, title):
+        key = "drift" if "drift" in title else "size"
+        for method, result in swept(study):
+            colour, marker = LOOKS.get(method, ("#AAAAAA", "."))
+            ax.plot(result[key], result["valid"]["Avg1"], color=colour, marker=marker, markersize=5,
+                    linestyle="", zorder=2 if method in LOOKS else 1)
+        for method, (colour, marker) in {**LOOKS, "the others": ("#AAAAAA", ".")}.items():
+            ax.plot([], [], color=colour, marker=marker, linestyle="", label=method)
+        ax.set(xlabel=title, xlim=(0, 50), ylim=(-3, 103))
+    return panels(plt, ["drift ‖ΔW X_pre‖ / ‖W0 X_pre‖, %", "size ‖ΔW‖_F"], "kept: Avg1, % right", draw)
+
+
+def picture_spectrum(study, plt):
+    """γ of the second block's layers, and the gate that λ = 1 and s_min = 0.3 make of it."""
+    path = study.out / study.tasks[0] / "calibration.pt"
+    layers = load(path, "calibration", "python calibrate.py")["layers"]
+
+    def draw(ax, name):
+        eigvals = solve_layer(layers[name]["C_pre"], layers[name]["C_task"])["eigvals"].clamp(min=1e-6)
+        ax.semilogy(eigvals, color="#0072B2", label="γ, utility per unit of penalty")
+        ax.semilogy(spectral_gate(eigvals), color="#D55E00", linestyle="--",
+                    label="gate: γ/(γ + 1), at least 0.3")
+        ax.axhline(1, color="#AAAAAA", linestyle=":", linewidth=1)
+        ax.set(title=name.removeprefix("transformer."), xlabel="direction", ylim=(1e-3, 300))
+    return panels(plt, [name for name in layers if ".h.1." in name], f"{study.tasks[0]}: γ, gate", draw)
+
+
+def picture_skills(study, plt):
+    """What is learnt and kept, skill by skill, at the settled rate: mean of the reported seeds."""
+    def draw(ax, task):
+        start = study.start(task, "test")
+        bars = {"foundation": ("#DDDDDD", [start])}
+        bars |= {m: (LOOKS[m][0], [f["test"] for f in settled(study, task, m)[1]]) for m in reversed(LOOKS)}
+        for i, (name, (colour, runs)) in enumerate(bars.items()):
+            values = [average(s["Avg2"] if kind == "target" else s["kept"][kind]["score"] for s in runs)
+                      for kind in ("target", *start["kept"]) if runs]
+            ax.bar([x + (i - 3) * 0.12 for x in range(len(values))], values, 0.11, color=colour, label=name)
+        ax.set_xticks(range(1 + len(start["kept"])), ["target", *start["kept"]], rotation=30)
+    return panels(plt, study.tasks, "% right", draw)
+
+
+def picture_training(study, plt):
+    """Target and retention along one run each, test items, seed 1."""
+    def draw(ax, task):
+        for run in snapshot_runs(study, task):
+            points = (study.result(run) or {}).get("curve")
+            if points:
+                steps, target, retained = zip(*points)
+                look = dict(color=LOOKS[run[1]][0], marker=LOOKS[run[1]][1], markersize=3)
+                ax.plot(steps, target, label=f"{run[1]}: target", **look)
+                ax.plot(steps, retained, label=f"{run[1]}: kept", linestyle="--", **look)
+        ax.set(xlabel="step", ylim=(-3, 103))
+    return panels(plt, study.tasks, "% right", draw)
+
+
+def main(args):
+    chosen = args.tasks or (["math"] if args.ablate else list(tasks.TASKS))
+    if args.compare or args.ablate:
+        compare(args, chosen)
+    report(args, chosen)

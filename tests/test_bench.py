@@ -1,0 +1,241 @@
+"""The comparison: which runs it asks for, what it makes of them, and a small one end to end."""
+import collections
+import json
+import multiprocessing
+import time
+
+import pytest
+from hypothesis import given, strategies as st
+
+import bench
+import calibrate
+import eval as evaluation
+import train
+from test_main import ADAPT, CALIBRATE, PRETRAIN
+
+
+class Imagined:
+    """A study whose runs follow formulas: target and retention against the rate index k."""
+    tasks = ("code",)
+
+    def __init__(self, target, retention):
+        self.target, self.retention, self.finished = target, retention, {}
+
+    def result(self, run):
+        return self.finished.get(run)
+
+    def do(self, run):
+        assert run not in self.finished, "a run was asked for twice"
+        scores = {"Avg2": self.target(run), "Avg1": self.retention(run)}
+        scores["GM"] = (scores["Avg1"] * scores["Avg2"]) ** 0.5
+        self.finished[run] = {"test" if run[3] else "valid": scores, "learnt": scores["Avg2"]}
+
+    def start(self, task, split):
+        return {"Avg2": 0, "Avg1": 100}
+
+    level = bench.Study.level
+
+
+percent = st.floats(0, 100)
+
+
+def logistic(middle, width, top):
+    return lambda run: top / (1 + 2 ** ((middle - run[2]) / width))
+
+
+def finish(study, ask):
+    """Do what is missing until nothing is; returns what was found."""
+    for _ in range(30):
+        missing, found = ask()
+        if not missing:
+            return found
+        for run in missing:
+            study.do(run)
+    raise AssertionError("the plan never ends")
+
+
+curves = st.builds(lambda middle, width, top, fall: Imagined(logistic(middle, width, top),
+                                                             lambda run: 100 - logistic(fall, 1.5, 100)(run)),
+                   st.floats(-3, 14), st.floats(0.3, 3), st.floats(20, 100), st.floats(-3, 14))
+
+
+@given(curves)
+def test_sweep_has_four_rates_and_neighbours_around_the_level(study):
+    """At least four rates; where the level is reached between two of them, these are neighbours; at most as
+    many as the bound allows, also when nothing is learnt at any rate."""
+    finish(study, lambda: bench.sweep(study, "code", "lora"))
+    found = finish(study, lambda: bench.sweep(study, "code", "folora"))
+    assert 4 <= len(found) <= 11
+    low, high = bench.bracket(found, study.level("code"))
+    assert low is None or high is None or high - low == 1
+    if len(found) < 7:  # the bound did not cut the search short
+        assert min(found) < bench.best_rate(found) < max(found)
+
+
+@given(curves, st.integers(-2, 2), st.integers(1, 5))
+def test_reported_seed_brackets_the_level_by_its_own_validation_target(study, shift, seed):
+    """Another seed learns at other rates: up to three steps away the level lies between two of its own."""
+    target = study.target
+    study.target = lambda run: target((*run[:2], run[2] - shift * (run[3] > 0), *run[3:]))
+    finish(study, lambda: bench.sweep(study, "code", "lora"))
+    found = finish(study, lambda: bench.seed_runs(study, "code", "lora", seed))
+    scores = [study.target(("code", "lora", k, seed, ())) for k in sorted(found)]
+    level, (low, high) = study.level("code"), bench.bracket(bench.sweep(study, "code", "lora")[1],
+                                                            study.level("code"))
+    assert scores[-1] >= level or max(found) == high + 3
+    assert scores[0] < level or min(found) <= low - 3 if low is not None else True
+
+
+def test_nothing_is_asked_of_other_methods_beyond_their_first_rates_before_lora_sets_the_level():
+    study = Imagined(logistic(6, 1, 100), lambda run: 50)
+    missing, _ = bench.sweep(study, "code", "folora")
+    assert {run[2] for run in missing} == {4, 6, 8}
+    for run in missing:
+        study.do(run)
+    missing, _ = bench.sweep(study, "code", "folora")
+    assert {run[:2] for run in missing} == {("code", "lora")}
+
+
+def test_whole_plan_ends_and_every_finalist_has_five_seeds():
+    """The finalists are FoLoRA and the three others that keep most."""
+    best = {"folora": 12, "folora-top": 13, "replay": 10, "corda": 9}
+    study = Imagined(logistic(6, 1, 100), lambda run: 100 - logistic(best.get(run[1], 7), 1, 100)(run))
+    while runs := bench.missing_runs(study, ablate=False, quick=False):
+        for run in runs:
+            study.do(run)
+    seeds = collections.defaultdict(set)
+    for _, method, _, seed, other in study.finished:
+        if not other:
+            seeds[method].add(seed)
+    assert set(seeds) == set(bench.COMPARED)
+    assert {m for m in seeds if seeds[m] == {0, 1, 2, 3, 4, 5}} == {"folora", "folora-top", "replay", "corda"}
+    assert all({0, 1, 2, 3} <= seeds[m] for m in seeds)
+    assert sum(run[4] == ("--snapshots", "10") for run in study.finished) == 3
+
+
+def test_retention_at_the_level_by_hand():
+    """Level 80: between 60 / 90 and 100 / 50 it lies in the middle, 70; the first crossing counts; a seed
+    that never gets there has none."""
+    study = Imagined(None, None)
+    study.level = lambda task: 80
+    found = {k: {"test": {"Avg2": t, "Avg1": kept}} for k, t, kept in ((1, 60, 90), (2, 100, 50), (3, 70, 5))}
+    assert bench.at_level(study, "code", found, "test") == pytest.approx(70)
+    assert bench.at_level(study, "code", {2: found[2]}, "test") == pytest.approx(60)  # from 0 / 100
+    assert bench.at_level(study, "code", {1: found[1]}, "test") is None
+    assert bench.at_level(study, "code", {1: found[1], 2: {"failed": "not finite"}}, "test") is None
+
+
+@given(st.lists(st.tuples(percent, percent), max_size=6), percent, percent)
+def test_frontier_area_grows_with_every_point_and_counts_only_what_is_reached(points, target, retention):
+    study = Imagined(None, None)
+    found = {k: {"valid": {"Avg2": t, "Avg1": kept}} for k, (t, kept) in enumerate(points)}
+    more = {**found, -1: {"valid": {"Avg2": target, "Avg1": retention}}}
+    area = bench.frontier_area(study, "code", found)
+    assert 0 <= area <= bench.frontier_area(study, "code", more) <= 100
+    alone = bench.frontier_area(study, "code", {0: {"valid": {"Avg2": target, "Avg1": retention}}})
+    assert alone == pytest.approx(retention * int(target) / 100)
+
+
+def test_interval_by_hand():
+    """1, 2, 3: mean 2, standard error 1/√3, times 4.30."""
+    assert bench.interval([1, 2, 3]) == "2.0 ±2.5 (3)"
+    assert bench.interval([50]) == "50.0 ±nan (1)"
+    assert bench.interval([50, None]) == bench.interval([]) == "-"
+
+
+def hold(folder, ready):
+    with bench.claimed(folder) as mine:
+        ready.put(mine)
+        time.sleep(60)
+
+
+def test_claim_is_for_one_process_and_ends_with_it(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Queue()
+    other = context.Process(target=hold, args=(tmp_path / "run", ready))
+    other.start()
+    assert ready.get(timeout=60)
+    with bench.claimed(tmp_path / "run") as mine:
+        assert not mine
+    other.kill()
+    other.join()
+    with bench.claimed(tmp_path / "run") as mine:
+        assert mine
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A quick comparison on a micro model, by two workers."""
+    out = tmp_path_factory.mktemp("comparison")
+    compare(out)
+    return out
+
+
+def compare(out, *more):
+    evaluation.main(["--compare", "--quick", "--tasks", "code", "--workers", "2", "--pretrain", PRETRAIN,
+                     "--calibrate", CALIBRATE, "--adapt", ADAPT, "--out", str(out), *more])
+
+
+def test_quick_comparison_end_to_end(out, capfd):
+    """Every run has a result, nothing is done again, the report has a row a method."""
+    results = {path: path.stat().st_mtime_ns for path in out.rglob("result.json")}
+    assert len(results) >= 5 * 4
+    compare(out)
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == results
+    said = capfd.readouterr().out
+    assert "known runs to go" not in said
+    for method in bench.QUICK:
+        assert f"| {method} " in said
+    result = json.loads(next(iter(results)).read_text())
+    assert set(result["valid"]["kept"]) == {"facts", "lookup", "sums", "words"}
+    assert result["size"] > 0 and result["drift"] > 0 and result["cost"]["trained"] > 0
+
+
+def test_lost_and_broken_results_are_made_again(out):
+    paths = sorted(out.rglob("result.json"))
+    before = paths[0].read_text()
+    paths[0].unlink()
+    paths[1].write_text(paths[1].read_text()[:100])
+    compare(out)
+    assert json.loads(paths[0].read_text())["valid"]["Avg1"] == json.loads(before)["valid"]["Avg1"]
+    assert "identity" in json.loads(paths[1].read_text())
+
+
+def test_size_and_drift_are_those_of_the_weights(out):
+    """‖ΔW‖_F and ‖ΔW X_pre‖ from the merged weights and the samples' inputs themselves."""
+    study = bench.Study(out, ("code",), ADAPT)
+    run = next(run for k in range(4, 9) for run in [("code", "folora", k, 0, ())] if study.result(run))
+    model = train.load_adapter(train.run_folder(study.args(run)) / "adapter.pt", out, study.device)
+    samples = train.load(out / "proxy.pt", "proxy", "")["samples"]
+    rows = [[256, *(t for t in s.tolist() if t >= 0)][:study.base.config.block_size] for s in samples]
+    moved = whole = size = 0
+    after, inputs = bench.block_linears(model), collections.defaultdict(list)
+    with calibrate.watching(bench.block_linears(study.base), lambda name, x: inputs[name].append(x[0])):
+        for row in rows:
+            study.base(bench.torch.tensor([row]))
+    for name, layer in bench.block_linears(study.base).items():
+        x, dW = bench.torch.cat(inputs[name]), after[name].weight - layer.weight
+        moved, whole = moved + (x @ dW.T).square().sum(), whole + (x @ layer.weight.T).square().sum()
+        size += dW.square().sum()
+    result = study.result(run)
+    assert result["size"] == pytest.approx(size.sqrt().item(), rel=1e-4)
+    assert result["drift"] == pytest.approx(100 * (moved / whole).sqrt().item(), rel=1e-4)
+
+
+def test_report_says_what_is_missing(tmp_path, out):
+    with pytest.raises(ValueError, match="no comparison on math yet"):
+        calibrate.main(["--task", "math", "--out", str(out), *CALIBRATE.split()])
+        evaluation.main(["--report", "--tasks", "math", "--out", str(out)])
+
+
+def test_pictures_need_matplotlib_or_are_written(out, tmp_path):
+    report = ["--report", "--tasks", "code", "--adapt", ADAPT, "--out", str(out), "--assets", str(tmp_path)]
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        with pytest.raises(ValueError, match="pip install matplotlib"):
+            evaluation.main(report)
+    else:
+        evaluation.main(report)
+        assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}.png" for name in
+                                                            ("frontier", "spectrum", "skills", "training")}
