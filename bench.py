@@ -196,8 +196,8 @@ def sweep(study, task, method):
         return more
 
     missing, found = curve(study, task, method, 0, (), first_rates(method),
-                           extend if level else lambda found: set())
-    return missing or [(task, "lora", k, 0, ()) for k in first_rates("lora") if not level], found
+                           extend if level is not None else lambda found: set())
+    return missing or [(task, "lora", k, 0, ()) for k in first_rates("lora") if level is None], found
 
 
 def bracket(found, level):
@@ -536,8 +536,9 @@ def report(args, chosen):
     said = [f"Retention (Avg1) where the target score is {LEVEL:.0%} of LoRA's best. Test items, mean ±95 % "
             "interval (seeds)", headline(study)]
     for task in study.tasks:
-        said += [f"{task}, each at the lowest rate that reached {study.level(task):.0f}",
-                 details(study, task)]
+        if any(settled(study, task, method)[1] for method in COMPARED):
+            said += [f"{task}, each at the lowest rate that reached {study.level(task):.0f}",
+                     details(study, task)]
     said = "\n\n".join([*said, explanations(study), *ablations(study)]) + "\n"
     write_whole(pathlib.Path(args.out) / "report.md", lambda f: f.write(said.encode()))
     print(said)
@@ -580,13 +581,15 @@ def panels(plt, titles, ylabel, draw):
 
 
 def picture_frontier(study, plt):
-    """Target against retention: every method's learning-rate curve, seed 0, validation items."""
+    """Target against retention: every method's learning-rate curve from rate 0 to that of its highest target,
+    seed 0, validation items."""
     def draw(ax, task):
         start = study.start(task, "valid")
         for method in (*LOOKS, *(m for m in COMPARED if m not in LOOKS)):
             found = sorted(sweep(study, task, method)[1].items())
             points = [start, *(f["valid"] for _, f in found if "valid" in f)]
             points = [(scores["Avg2"], scores["Avg1"]) for scores in points]
+            points = points[:points.index(max(points)) + 1]
             colour, marker = LOOKS.get(method, ("#AAAAAA", "."))
             ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.3,
                     zorder=2 if method in LOOKS else 1, label=method if method in LOOKS else "the others" if method == "full" else None)
@@ -606,12 +609,12 @@ def picture_drift(study, plt):
                     linestyle="", zorder=2 if method in LOOKS else 1)
         for method, (colour, marker) in {**LOOKS, "the others": ("#AAAAAA", ".")}.items():
             ax.plot([], [], color=colour, marker=marker, linestyle="", label=method)
-        ax.set(xlabel=title, xlim=(0, 50), ylim=(-3, 103))
+        ax.set(xlim=(0, 50), ylim=(-3, 103))
     return panels(plt, ["drift ‖ΔW X_pre‖ / ‖W0 X_pre‖, %", "size ‖ΔW‖_F"], "kept: Avg1, % right", draw)
 
 
 def picture_spectrum(study, plt):
-    """γ of the second block's layers, and the gate that λ = 1 and s_min = 0.3 make of it."""
+    """γ of a middle block's layers, and the gate that λ = 1 and s_min = 0.3 make of it."""
     path = study.out / study.tasks[0] / "calibration.pt"
     layers = load(path, "calibration", "python calibrate.py")["layers"]
 
@@ -622,7 +625,8 @@ def picture_spectrum(study, plt):
                     label="gate: γ/(γ + 1), at least 0.3")
         ax.axhline(1, color="#AAAAAA", linestyle=":", linewidth=1)
         ax.set(title=name.removeprefix("transformer."), xlabel="direction", ylim=(1e-3, 300))
-    return panels(plt, [name for name in layers if ".h.1." in name], f"{study.tasks[0]}: γ, gate", draw)
+    middle = f".h.{study.base.config.n_layer // 2}."
+    return panels(plt, [name for name in layers if middle in name], f"{study.tasks[0]}: γ, gate", draw)
 
 
 def picture_skills(study, plt):

@@ -14,7 +14,8 @@ and C_pre is small:
 
 γ is a direction's utility per unit of penalty. Adam runs in the coordinates V, and each coordinate's *step*
 is multiplied by the gate γ/(γ + λ) (Eq. 22), so that cheap, useful directions move freely and costly ones
-hardly.
+hardly. At the end stand the methods that FoLoRA is compared with, and ours, `folora-kl`: it starts in the
+leading directions and puts a penalty on ΔW into the loss instead of gating the steps.
 
 Units: one scalar a layer, tr(C_pre)/d_in, divides both moments (`normalise`). γ does not change; τ and the
 learning rate become free of the activations' units, and λ = 1 is the break-even: a direction as active on

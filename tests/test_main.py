@@ -81,7 +81,7 @@ def test_a_stage_whose_settings_changed_is_made_again(out, tmp_path, capsys):
                      "--adapt", ADAPT, "--calibrate", CALIBRATE + " --queries 9", "--out", str(tmp_path)])
     said = capsys.readouterr().out
     assert "foundation.pt is up to date" in said and "proxy.pt is up to date" in said
-    assert f"lora-lr0.005-seed0{OPTIONS}/adapter.pt is up to date" in said
+    assert f"lora-lr{train.LEARNING_RATES['lora']:g}-seed0{OPTIONS}/adapter.pt is up to date" in said
     assert "calibration.pt written" in said
     assert f"folora-lr{train.LEARNING_RATES['folora']:g}-seed0{OPTIONS}/adapter.pt written" in said
 
