@@ -15,6 +15,7 @@ import os
 import pathlib
 import platform
 import shlex
+import signal
 import time
 
 import torch
@@ -39,8 +40,8 @@ except ImportError:  # Windows: a comparison there is for one process
 
 LEVEL = 0.8                              # of the best target score in LoRA's first sweep
 SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
-COMPARED = ("folora-kl", "folora", "folora-top", "replay", "lora", "lora-null", "corda", "sc-lora", "milora",
-            "pissa", "oplora", "lora-null-v2", "full")
+COMPARED = ("folora-kl", "folora", "folora-top", "replay", "full", "lora", "lora-null", "corda", "sc-lora",
+            "milora", "pissa", "oplora", "lora-null-v2")
 QUICK = ("lora", "lora-null", "replay", "folora", "folora-kl")
 FULL_WEIGHTS = ("full", "folora-full")   # these need rates 16 times smaller
 ITEMS, ROWS = 100, 64                    # of each kind, of held-out text
@@ -310,6 +311,8 @@ def claimed(folder):
 def work(out, chosen, adapt, ablate, quick, workers):
     """Do missing runs until there are none; other processes may do the same on the same folder."""
     study, parent = Study(out, chosen, adapt), multiprocessing.parent_process()
+    if parent:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
     if study.device.type == "cpu":
         torch.set_num_threads(1)  # one run a core: 1.3 times the throughput of one run on two cores
     began, done = time.time(), 0
@@ -552,7 +555,7 @@ def report(args, chosen):
 
 # Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, and a marker for each method besides.
 LOOKS = {"folora-kl": ("#D55E00", "P"), "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"),
-         "replay": ("#E69F00", "^"), "lora-null": ("#CC79A7", "D"), "lora": ("#000000", "X")}
+         "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"), "lora": ("#000000", "X")}
 
 
 def pyplot():
@@ -592,7 +595,7 @@ def picture_frontier(study, plt):
             points = points[:points.index(max(points)) + 1]
             colour, marker = LOOKS.get(method, ("#AAAAAA", "."))
             ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.3,
-                    zorder=2 if method in LOOKS else 1, label=method if method in LOOKS else "the others" if method == "full" else None)
+                    zorder=2 if method in LOOKS else 1, label=method if method in LOOKS else "the others" if method == COMPARED[-1] else None)
         ax.axvline(study.level(task), color="#AAAAAA", linestyle=":", linewidth=1)
         ax.axhline(start["Avg1"], color="#AAAAAA", linestyle="--", linewidth=1)
         ax.set(xlabel="learnt: target, % right", xlim=(-3, 103), ylim=(-3, 103))
@@ -658,7 +661,7 @@ def picture_training(study, plt):
 
 
 def main(args):
-    chosen = args.tasks or (["math"] if args.ablate else list(tasks.TASKS))
+    chosen = args.tasks or (["math"] if args.ablate or args.quick else list(tasks.TASKS))
     if args.compare or args.ablate:
         compare(args, chosen)
     report(args, chosen)
