@@ -389,7 +389,9 @@ def interval(values):
     if not values or None in values:
         return "-"
     mean, n = average(values), len(values)
-    half = T975[n] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n) if n > 1 else math.nan
+    if n == 1:
+        return f"{mean:.1f} (1)"
+    half = T975[n] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
     return f"{mean:.1f} ±{half:.1f} ({n})"
 
 
@@ -431,7 +433,7 @@ def headline(study):
         near = [at_level(study, task, f, "valid", 0.95 / LEVEL) for task, f in found.items()]
         gm = [{k: x["valid"]["GM"] for k, x in f.items() if "valid" in x} for f in found.values()]
         rows.append([method, *(interval(matched(study, task, method)) for task in study.tasks),
-                     " ".join("-" if x is None else f"{x:.0f}" for x in near),
+                     " / ".join("-" if x is None else f"{x:.0f}" for x in near),
                      f"{average(frontier_area(study, task, f) for task, f in found.items()):.1f}",
                      f"{average(max(g.values()) for g in gm):.1f}",
                      f"{average(g.get(6, 0) for g in gm):.1f}"])
