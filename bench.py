@@ -350,8 +350,8 @@ def compare(args, chosen):
     for task in chosen:
         calibrate.main(["--task", task, *out, *shlex.split(args.calibrate)])
         for name, options in variants.items():
-            calibrate.main(["--task", task, *out, *shlex.split(args.calibrate), "--name", f"calibration-{name}",
-                            *options.format(out=args.out).split()])
+            calibrate.main(["--task", task, *out, "--name", f"calibration-{name}",
+                            *shlex.split(f"{args.calibrate} {options.format(out=args.out)}")])
     cores = os.cpu_count()
     workers = args.workers or (cores if pick_device().type == "cpu" else max(1, min(8, cores // 2)))
     context = multiprocessing.get_context("spawn")
@@ -480,8 +480,8 @@ def explanations(study):
                  for x in ([r[key] for _, r in runs], [r["valid"]["Avg1"] for _, r in runs])]
         return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
-    return (f"Rank correlation of what is kept with the drift ‖ΔW X_pre‖: {correlation('drift'):.2f}, with the "
-            f"size ‖ΔW‖_F: {correlation('size'):.2f} ({len(runs)} runs: all methods and rates, seed 0)")
+    return (f"Rank correlation of what is kept with the drift ‖ΔW X_pre‖: {correlation('drift'):.2f}, "
+            f"with the size ‖ΔW‖_F: {correlation('size'):.2f} ({len(runs)} runs: all methods and rates, seed 0)")
 
 
 def swept(study):
@@ -596,8 +596,9 @@ def picture_frontier(study, plt):
             points = [(scores["Avg2"], scores["Avg1"]) for scores in points]
             points = points[:points.index(max(points)) + 1]
             colour, marker = LOOKS.get(method, ("#AAAAAA", "."))
-            ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.3,
-                    zorder=2 if method in LOOKS else 1, label=method if method in LOOKS else "the others" if method == COMPARED[-1] else None)
+            label = method if method in LOOKS else "the others" if method == COMPARED[-1] else None
+            ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.3, label=label,
+                    zorder=2 if method in LOOKS else 1)
         ax.axvline(study.level(task), color="#AAAAAA", linestyle=":", linewidth=1)
         ax.axhline(start["Avg1"], color="#AAAAAA", linestyle="--", linewidth=1)
         ax.set(xlabel="learnt: target, % right", xlim=(-3, 103), ylim=(-3, 103))

@@ -135,8 +135,8 @@ SOURCES = ("own", "mixture", "prose", "source", "facts")
 
 
 def proxy_rows(args, model, writer, encoding, limits):
-    """`args.samples` texts as token lists without <|endoftext|>: what `writer` writes (the foundation, or that
-    of another --out folder), or the model's true pretraining text, which in life nobody has, or one domain."""
+    """`args.samples` texts as token lists without <|endoftext|>: what `writer` writes (the foundation, or
+    another --out folder's), or the model's true pretraining text, which in life nobody has, or one domain."""
     eot, length = encoding.eot_token, model.config.block_size
     if args.source in SOURCES[1:]:
         mixture, rng = tasks.PretrainingMixture(encoding), random.Random(f"proxy {args.seed}")
@@ -159,7 +159,8 @@ def proxy(args, model, foundation):
     writer, author = ((model, args.source) if args.source in SOURCES
                       else load_foundation(args.source, model.lm_head.weight.device))
     settings = dict(foundation=foundation, source=author, samples=args.samples, limits=limits,
-                    fisher_samples=args.fisher_samples, min_new=args.min_new, max_new=args.max_new, seed=args.seed)
+                    fisher_samples=args.fisher_samples, min_new=args.min_new, max_new=args.max_new,
+                    seed=args.seed)
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
     if reusable(path, "proxy", settings):
         return load(path, "proxy", "python calibrate.py")
@@ -172,17 +173,16 @@ def proxy(args, model, foundation):
     warn_of_few(rows, model, "samples")
     padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
     content = {"kind": "proxy", "settings": settings, "samples": padded, "C_pre": second_moments(model, rows),
-               "S_pre": output_moments(model, [[encoding.eot_token] + t for t in samples[:args.fisher_samples]])}
+               "S_pre": output_moments(model, [[encoding.eot_token] + tokens
+                                               for tokens in samples[:args.fisher_samples]])}
     save(path, content)
     print(f"{path} written")
     return content
 
 
 def output_moments(model, rows, batch=32):
-    """{layer name: S = E[δ δᵀ] (d_out, d_out) float64}, δ the gradient of the loss of `rows` (token lists, each
-    token in nats given those before it) at the layer's output. On the model's own samples S is, with C_pre, a
-    factor of the Fisher information: ½ Tr(S ΔW C_pre ΔWᵀ) is about how many nats per token ΔW moves the model
-    away from itself (K-FAC, arXiv 1503.05671)."""
+    """{layer name: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` (token lists), δ the gradient
+    at the layer's output of the rows' summed loss in nats. See `two_sided_penalty`."""
     device, layers = model.lm_head.weight.device, block_linears(model)
     moments = {name: SecondMoment(layer.out_features, device) for name, layer in layers.items()}
     model.requires_grad_(False)

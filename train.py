@@ -21,7 +21,8 @@ from model import (GPT, GPTConfig, LoRALinear, add_lora, autocast, block_linears
 
 SAVE_EVERY = 500  # steps
 ADAPT_DEFAULTS = {"rank": 8, "scale": 1.0, "steps": 200, "batch": 16, "examples": 2000,
-                  "lam": 1.0, "s_min": 0.3, "tau": 0.01, "mu": 10.0, "calibration": "calibration", "snapshots": 0}
+                  "lam": 1.0, "s_min": 0.3, "tau": 0.01, "mu": 10.0, "calibration": "calibration",
+                  "snapshots": 0}
 # with which every task was learnt in sweeps on validation items: to 80 % of LoRA's best target score
 LEARNING_RATES = {"full": 5e-4, "folora-full": 5e-4, "sc-lora": 2e-3, "pissa": 2.8e-3, "lora": 5.7e-3,
                   "milora": 5.7e-3, "corda": 5.7e-3, "folora": 8e-3, "folora-top": 8e-3, "replay": 1.6e-2,
