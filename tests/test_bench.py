@@ -238,4 +238,4 @@ def test_pictures_need_matplotlib_or_are_written(out, tmp_path):
     else:
         evaluation.main(report)
         assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}.png" for name in
-                                                            ("frontier", "spectrum", "skills", "training")}
+                                                            ("frontier", "drift", "spectrum", "skills")}
