@@ -389,14 +389,17 @@ def average(values):
 
 
 def interval(values):
-    """"mean ±half width (seeds)" of the 95 % interval; "-" where a seed never reached the level."""
-    if not values or None in values:
+    """"mean ±half width (seeds)" of the 95 % interval; "(2 of 3)" where one of three never reached the level,
+    "-" where none did."""
+    reached = [v for v in values if v is not None]
+    if not reached:
         return "-"
-    mean, n = average(values), len(values)
+    mean, n = average(reached), len(reached)
+    seeds = f"({n} of {len(values)})" if n < len(values) else f"({n})"
     if n == 1:
-        return f"{mean:.1f} (1)"
-    half = T975[n] * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
-    return f"{mean:.1f} ±{half:.1f} ({n})"
+        return f"{mean:.1f} {seeds}"
+    half = T975[n] * math.sqrt(sum((v - mean) ** 2 for v in reached) / (n - 1) / n)
+    return f"{mean:.1f} ±{half:.1f} {seeds}"
 
 
 def at_level(study, task, found, split, share=1.0):

@@ -140,7 +140,9 @@ def test_interval_by_hand():
     """1, 2, 3: mean 2, standard error 1/√3, times 4.30."""
     assert bench.interval([1, 2, 3]) == "2.0 ±2.5 (3)"
     assert bench.interval([50]) == "50.0 (1)"
-    assert bench.interval([50, None]) == bench.interval([]) == "-"
+    assert bench.interval([1, None, 2, 3]) == "2.0 ±2.5 (3 of 4)"
+    assert bench.interval([50, None]) == "50.0 (1 of 2)"
+    assert bench.interval([None]) == bench.interval([]) == "-"
 
 
 def hold(folder, ready):
