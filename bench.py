@@ -528,7 +528,7 @@ def ablations(study):
         rows = [[name, *(interval(matched(study, task, *variant)) for task in study.tasks)]
                 for name, variant in group.items()]
         rows = [row for row in rows if set(row[1:]) != {"-"}]
-        if rows:
+        if len(rows) > 1:
             head = [title, *(f"{task}, at {study.level(task):.0f}" for task in study.tasks)]
             said.append(markdown(head, rows))
     for task in study.tasks:
