@@ -270,7 +270,7 @@ def finalists(study):
     """FoLoRA and the three best others: highest mean retention at the level, seed 0."""
     def mean(method):
         retained = [at_level(study, task, sweep(study, task, method)[1], "valid") for task in study.tasks]
-        return sum(value or 0 for value in retained) / len(retained)
+        return average(value or 0 for value in retained)
     others = sorted((m for m in COMPARED if m != "folora"), key=mean)[-3:]
     return ["folora", *others]
 
@@ -395,11 +395,11 @@ def interval(values):
     if not reached:
         return "-"
     mean, n = average(reached), len(reached)
-    seeds = f"({n} of {len(values)})" if n < len(values) else f"({n})"
+    count = f"({n} of {len(values)})" if n < len(values) else f"({n})"
     if n == 1:
-        return f"{mean:.1f} {seeds}"
+        return f"{mean:.1f} {count}"
     half = T975[n] * math.sqrt(sum((v - mean) ** 2 for v in reached) / (n - 1) / n)
-    return f"{mean:.1f} ±{half:.1f} {seeds}"
+    return f"{mean:.1f} ±{half:.1f} {count}"
 
 
 def at_level(study, task, found, split, share=1.0):
@@ -568,6 +568,7 @@ def report(args, chosen):
 # Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, and a marker for each method besides.
 LOOKS = {"folora-kl": ("#D55E00", "P"), "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"),
          "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"), "lora": ("#000000", "X")}
+OTHERS = ("#AAAAAA", ".")
 
 
 def pyplot():
@@ -605,7 +606,7 @@ def picture_frontier(study, plt):
             points = [start, *(f["valid"] for _, f in found if "valid" in f)]
             points = [(scores["Avg2"], scores["Avg1"]) for scores in points]
             points = points[:points.index(max(points)) + 1]
-            colour, marker = LOOKS.get(method, ("#AAAAAA", "."))
+            colour, marker = LOOKS.get(method, OTHERS)
             label = method if method in LOOKS else "the others" if method == COMPARED[-1] else None
             ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.3, label=label,
                     zorder=2 if method in LOOKS else 1)
@@ -620,10 +621,10 @@ def picture_drift(study, plt):
     def draw(ax, title):
         key = "drift" if "drift" in title else "size"
         for method, result in swept(study):
-            colour, marker = LOOKS.get(method, ("#AAAAAA", "."))
+            colour, marker = LOOKS.get(method, OTHERS)
             ax.plot(result[key], result["valid"]["Avg1"], color=colour, marker=marker, markersize=5,
                     linestyle="", zorder=2 if method in LOOKS else 1)
-        for method, (colour, marker) in {**LOOKS, "the others": ("#AAAAAA", ".")}.items():
+        for method, (colour, marker) in {**LOOKS, "the others": OTHERS}.items():
             ax.plot([], [], color=colour, marker=marker, linestyle="", label=method)
         ax.set(xlim=(0, 50), ylim=(-3, 103))
     return panels(plt, ["drift ‖ΔW X_pre‖ / ‖W0 X_pre‖, %", "size ‖ΔW‖_F"], "kept: Avg1, % right", draw)

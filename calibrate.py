@@ -89,10 +89,12 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 # Measure
 
 @contextlib.contextmanager
-def watching(layers, see):
-    """Call see(name, input) before each of {name: layer} runs; the hooks are gone afterwards,
-    also after an error."""
-    handles = [layer.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
+def watching(layers, see, outputs=False):
+    """Call see(name, input) before each of {name: layer} runs, or see(name, output) after it; the hooks are
+    gone afterwards, also after an error."""
+    handles = [layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, output))
+               if outputs else
+               layer.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
                for name, layer in layers.items()]
     try:
         yield
@@ -119,6 +121,11 @@ def second_moments(model, rows, batch=64):
                 x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
             x, mask = x.to(device), mask.to(device)
             model(x)
+    return means(moments)
+
+
+def means(moments):
+    """{name: SecondMoment} -> {name: its mean}; ValueError names the layer whose moment is not finite."""
     result = {}
     for name, moment in moments.items():
         try:
@@ -181,8 +188,8 @@ def proxy(args, model, foundation):
 
 
 def output_moments(model, rows, batch=32):
-    """{layer name: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` (token lists), δ the gradient
-    at the layer's output of the rows' summed loss in nats. See `two_sided_penalty`."""
+    """{layer name: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` (token lists), δ the
+    gradient at the layer's output of the rows' summed loss in nats. See `two_sided_penalty`."""
     device, layers = model.lm_head.weight.device, block_linears(model)
     moments = {name: SecondMoment(layer.out_features, device) for name, layer in layers.items()}
     model.requires_grad_(False)
@@ -191,19 +198,14 @@ def output_moments(model, rows, batch=32):
     def see(name, output):
         output.register_hook(lambda gradient: moments[name].add(gradient, mask))  # the batch's mask
 
-    handles = [layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, output))
-               for name, layer in layers.items()]
-    try:
-        rows = sorted(rows, key=len)
+    rows = sorted(rows, key=len)
+    with watching(layers, see, outputs=True):
         for first in range(0, len(rows), batch):
             x, y = (t.to(device) for t in response_batch([(row, 1) for row in rows[first:first + batch]]))
             mask = y != -100
             loss = F.cross_entropy(model(x, only=mask), y[mask], reduction="sum")
             torch.autograd.grad(loss, first_input)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {name: moment.mean() for name, moment in moments.items()}
+    return means(moments)
 
 
 def warn_of_few(rows, model, name):

@@ -377,7 +377,7 @@ class Method:
     start: Callable | None = kaiming  # (W0, m, r, k, g) -> (A0, B0); None: no adapter, W0 itself is trained
     steps: Callable | None = None     # (m, lam, s_min) -> (basis, gate) for A's (or W0's) steps; None: Adam's
     train_A: bool = True
-    penalty: Callable | None = None   # S_pre -> S of the `two_sided_penalty` that is added to the loss, times μ
+    penalty: Callable | None = None   # S_pre -> S of the `two_sided_penalty` that, times μ, joins the loss
     replay: float = 0.0               # the foundation's own samples added to a batch, as a share of its rows
     protected: Callable | None = None  # W0 -> (U_k, V_k), directions that ΔW may not touch
     calibrated: bool = True           # whether it needs the calibration
