@@ -16,6 +16,7 @@ import pathlib
 import platform
 import shlex
 import signal
+import statistics
 import time
 
 import torch
@@ -24,7 +25,7 @@ import calibrate
 import tasks
 import train
 from eval import evaluate, items_of, kept, markdown, score_items
-from folora import forgetting_penalty, solve_layer, spectral_gate
+from folora import METHODS, forgetting_penalty, solve_layer, spectral_gate
 from model import block_linears, load, pick_device, write_whole
 from train import load_adapter, load_foundation
 
@@ -38,13 +39,14 @@ except ImportError:  # Windows: a comparison there is for one process
 # learning rate and is judged on validation items. The other seeds are reported, on test items, at the rates
 # around the one where seed 0 reached the level: the target score at which retention is compared.
 
-LEVEL = 0.8                              # of the best target score in LoRA's first sweep
-MARGIN = 10                              # percent: validation and test items, 100 of each, differ by as much
+LEVEL = 0.8                              # of the best target score at LoRA's first rates
 SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
-COMPARED = ("folora-kl", "folora", "folora-top", "replay", "full", "lora", "lora-null", "corda", "sc-lora",
-            "milora", "pissa", "oplora", "lora-null-v2")
+COMPARED = ("folora-kl", "lora-kl", "folora", "folora-top", "replay", "full", "lora", "lora-null", "corda",
+            "sc-lora", "milora", "pissa", "oplora", "lora-null-v2")
 QUICK = ("lora", "lora-null", "replay", "folora", "folora-kl")
-FULL_WEIGHTS = ("full", "folora-full")   # these need rates 16 times smaller
+FIRST_RATE = {"full": -6, "folora-full": -6, "pissa": 0, "sc-lora": 0, "lora-null": 2, "corda": 2,
+              "milora": 2, "oplora": 2, "folora-top": 2, "replay": 6, "lora-null-v2": 8, "null-frozen": 8,
+              "top-frozen": 8}           # of a sweep, as an index (see `rate`); 4 for the others
 ITEMS, ROWS = 100, 64                    # of each kind, of held-out text
 
 # FoLoRA taken apart: {group: {name: (method, options of train.py adapt)}}
@@ -163,7 +165,8 @@ def learnt(result):
 
 
 def first_rates(method):
-    return (-4, -2, 0) if method in FULL_WEIGHTS else (4, 6, 8)
+    first = FIRST_RATE.get(method, 4)
+    return first, first + 2, first + 4
 
 
 def curve(study, task, method, seed, other, wanted, extend):
@@ -187,15 +190,13 @@ def sweep(study, task, method):
 
     def extend(found):
         rates, best, (low, high) = sorted(found), best_rate(found), bracket(found, level)
-        more = {rates[-1] - 1} if len(rates) == 3 else set()
+        if len(rates) < 6 and rates[0] in (best, high):
+            return {rates[0] - 2}
+        if len(rates) < 6 and (best == rates[-1] or high is None and best in rates[-2:]):
+            return {rates[-1] + 2}
         if low is not None and high is not None:
-            more |= {(low + high) // 2}
-        if len(rates) < 7:
-            if rates[0] in (best, high):
-                more |= {rates[0] - 2}
-            if best == rates[-1] or high is None and best in rates[-2:]:
-                more |= {rates[-1] + 2}
-        return more
+            return {(low + high) // 2}
+        return {best - 1} if len(rates) < 4 else set()
 
     missing, found = curve(study, task, method, 0, (), first_rates(method),
                            extend if level is not None else lambda found: set())
@@ -219,39 +220,42 @@ def best_rate(found):
 
 
 def seed_runs(study, task, method, seed, other=()):
-    """A reported seed: the two rates around the level, and further ones until this seed's own validation
-    target passes it. A variant of FoLoRA starts where FoLoRA did."""
-    missing, found = sweep(study, task, method if method in COMPARED else "folora")
-    if missing:
-        return missing, {}
+    """A reported seed: from the rate at which seed 0 reached the level (its best one, if none did) up until
+    this seed's validation target reaches it too, and down until it no longer does."""
+    k, more = settled_rate(study, task, swept_as(method))
+    if k is None:
+        return more, {}
     level = study.level(task)
-    low, high = bracket(found, level)
-    if high is None:  # never reached: its best rate alone
-        return curve(study, task, method, seed, other, {best_rate(found)}, lambda f: set())
-    low = high - 1 if low is None else low
-    if method not in COMPARED and method in FULL_WEIGHTS:
-        low, high = low - 8, high - 8
+    k += FIRST_RATE.get(method, 4) - FIRST_RATE.get(swept_as(method), 4)
 
     def extend(found):
         top, bottom = max(found), min(found)
-        if learnt(found[top]) < level and top < high + 3:
-            return {top + 1}
-        if learnt(found[top]) < level + MARGIN and top == high:  # on test items it may still lie below
-            return {top + 1}
-        return {bottom - 1} if learnt(found[bottom]) >= level and bottom > low - 3 else set()
+        if learnt(found[top]) < level:
+            return {top + 1} if top < k + 3 else set()
+        return {bottom - 1} if learnt(found[bottom]) >= level and bottom > k - 4 else set()
 
-    return curve(study, task, method, seed, other, {low, high}, extend)
+    return curve(study, task, method, seed, other, {k}, extend)
+
+
+def swept_as(method):
+    """The method whose sweep says where a variant starts."""
+    return method if method in COMPARED else "folora-kl" if METHODS[method].penalty else "folora"
+
+
+def settled_rate(study, task, method):
+    """(k, []): the lowest rate at which seed 0 reached the level, or else the one of best GM; (None, runs
+    that are still missing)."""
+    missing, found = sweep(study, task, method)
+    if missing:
+        return None, missing
+    k = bracket(found, study.level(task))[1]
+    return (best_rate(found) if k is None else k), []
 
 
 def settled(study, task, method):
-    """(k, results of the reported seeds there): the lowest rate at which seed 0 reached the level, or else
-    the one of best GM."""
-    missing, found = sweep(study, task, method)
-    if missing:
-        return None, []
-    k = bracket(found, study.level(task))[1]
-    k = best_rate(found) if k is None else k
-    return k, [f[k] for f in seeds(study, task, method).values() if "test" in f.get(k, {})]
+    """(k, results of the reported seeds at that rate); see `settled_rate`."""
+    k, _ = settled_rate(study, task, method)
+    return k, [f[k] for f in seeds(study, task, method).values() if "test" in f[k]]
 
 
 def seeds(study, task, method, other=()):
@@ -371,10 +375,12 @@ def compare(args, chosen):
             process.terminate()
     if any(process.exitcode for process in processes):
         raise ValueError("a worker stopped, what it said stands above; the same command goes on")
+    study = Study(args.out, chosen, args.adapt)
     if args.ablate:
-        study = Study(args.out, chosen, args.adapt)
         for task in chosen:
             size_control(study, task)
+    else:
+        step_times(study, QUICK if args.quick else COMPARED)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -454,10 +460,6 @@ def details(study, task):
     start, rows = study.start(task, "test"), []
     kinds = list(start["kept"])
 
-    def fastest(method):  # of all runs: what else the machine did at the time slows some
-        return min(x["cost"]["seconds"] for run, x in study.finished.items()
-                   if run[:2] == (task, method) and not run[4] and "cost" in x)
-
     for method in COMPARED:
         k, runs = settled(study, task, method)
         if not runs:
@@ -471,11 +473,43 @@ def details(study, task):
                      f"{100 * ratio:.0f} / {100 * capped:.0f}", f"{average(t['GM'] for t in tests):.1f}",
                      *(f"{average(t['text'][kind]['score'] for t in tests):.2f}" for kind in start["text"]),
                      f"{average(x['size'] for x in runs):.1f}", f"{average(x['drift'] for x in runs):.1f}",
-                     f"{fastest(method) / fastest('lora'):.2f}", f"{cost[0]['bytes'] / 1e6:.1f}",
-                     f"{cost[0]['trained'] / 1e3:.0f}"])
+                     f"{cost[0]['bytes'] / 1e6:.1f}", f"{cost[0]['trained'] / 1e3:.0f}"])
     return markdown(["", "rate", "target = Avg2", *kinds, "Avg1", "Avg1 % ratio / capped", "GM",
-                     *(f"{kind} b/B" for kind in start["text"]), "‖ΔW‖", "drift %", "time", "MB",
-                     "trained k"], rows)
+                     *(f"{kind} b/B" for kind in start["text"]), "‖ΔW‖", "drift %", "MB", "trained k"], rows)
+
+
+def step_times(study, methods=COMPARED, rounds=9, steps=4):
+    """{method: its steps' time over plain LoRA's in the same round, a ratio for each of `rounds`}.
+    All methods run in turn, so that what else the machine does slows all alike; the first round warms up."""
+    def make():
+        runs, seconds = {}, {method: [] for method in methods}
+        for method in methods:
+            args = study.args((study.tasks[0], method, 4, 0, ("--steps", str(steps))))
+            model, foundation = load_foundation(args.out, study.device)
+            how = METHODS[method]
+            calibration = train.load_calibration(args, foundation) if how.calibrated else None
+            items = tasks.task_items(args.task, "train", args.examples)
+            runs[method] = args, model, train.ready(args, model, how, calibration, items)
+        for _ in range(1 + rounds):
+            for method, (args, model, (optimizer, batch, penalty)) in runs.items():
+                began = time.perf_counter()
+                with contextlib.redirect_stdout(None):
+                    train.fit(model, [optimizer], batch, vars(args), study.out / "none", penalty=penalty)
+                seconds[method].append(time.perf_counter() - began)
+        return {"ratios": {method: [s / lora for s, lora in zip(found[1:], seconds["lora"][1:])]
+                           for method, found in seconds.items()}}
+
+    task = study.tasks[0]
+    return kept(study.out / task / "step_times.json", study.identity[task], make)["ratios"]
+
+
+def times(study):
+    """One row a method: median and range of `step_times`."""
+    if not (study.out / study.tasks[0] / "step_times.json").exists():
+        return ""
+    rows = [[method, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
+            for method, found in step_times(study).items()]
+    return markdown([f"{study.tasks[0]}: time of a step over LoRA's", "median", "range"], rows)
 
 
 def explanations(study):
@@ -488,7 +522,7 @@ def explanations(study):
         return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
     return (f"Rank correlation of what is kept with the drift ‖ΔW X_pre‖: {correlation('drift'):.2f}, "
-            f"with the size ‖ΔW‖_F: {correlation('size'):.2f} ({len(runs)} runs: all methods and rates, seed 0)")
+            f"with the size ‖ΔW‖_F: {correlation('size'):.2f} ({len(runs)} runs of all methods, seed 0)")
 
 
 def swept(study):
@@ -551,8 +585,8 @@ def report(args, chosen):
         if any(settled(study, task, method)[1] for method in COMPARED):
             said += [f"{task}, each at the lowest rate that reached {study.level(task):.0f}",
                      details(study, task)]
-    said = "\n\n".join([*said, explanations(study), *ablations(study)]) + "\n"
-    write_whole(pathlib.Path(args.out) / "report.md", lambda f: f.write(said.encode()))
+    said = "\n\n".join(filter(None, [*said, times(study), explanations(study), *ablations(study)]))
+    write_whole(pathlib.Path(args.out) / "report.md", lambda f: f.write(f"{said}\n".encode()))
     print(said)
     if args.assets:
         plt = pyplot()

@@ -203,7 +203,7 @@ def output_moments(model, rows, batch=32):
         for first in range(0, len(rows), batch):
             x, y = (t.to(device) for t in response_batch([(row, 1) for row in rows[first:first + batch]]))
             mask = y != -100
-            loss = F.cross_entropy(model(x, only=mask), y[mask], reduction="sum")
+            loss = F.cross_entropy(model(x)[mask], y[mask], reduction="sum")
             torch.autograd.grad(loss, first_input)
     return means(moments)
 

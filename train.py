@@ -262,11 +262,10 @@ def adapt(args):
           f"{args.steps} steps on {device}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    spectral = prepare(model, method, calibration, args)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = SAdam(trained.values(), spectral, lr=args.lr)
+    optimizer, batch, penalty = ready(args, model, method, calibration, items)
 
     def write(path, **more):  # adapters with their starts, or the full weights
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
         changed = {name: t for name, t in model.state_dict().items() if "lora_" in name or name in trained}
         save(path, {"kind": "adapter", "settings": settings, "changed": changed, **more})
 
@@ -274,14 +273,20 @@ def adapt(args):
         if args.snapshots and done % max(1, args.steps // args.snapshots) == 0:
             write(path.with_name(f"step{done}.pt"))
 
-    batch = batches(args, items, method, calibration, model.config.block_size)
-    partial, began = path.with_suffix(".partial"), time.time()
-    losses = fit(model, [optimizer], batch, settings, partial, after=snapshot,
-                 penalty=penalty_of(model, calibration, method, args.mu) if method.penalty else None)
-    write(path, losses=losses, cost=cost(model, optimizer, (time.time() - began) / args.steps))
+    partial = path.with_suffix(".partial")
+    losses = fit(model, [optimizer], batch, settings, partial, after=snapshot, penalty=penalty)
+    write(path, losses=losses, cost=cost(model, optimizer))
     partial.unlink(missing_ok=True)
     print(f"{path} written")
     return path
+
+
+def ready(args, model, method, calibration, items):
+    """The model is made ready for `method`; returns what `fit` needs besides: optimizer, batch, penalty."""
+    spectral = prepare(model, method, calibration, args)
+    optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr)
+    return (optimizer, batches(args, items, method, calibration, model.config.block_size),
+            penalty_of(model, calibration, method, args.mu) if method.penalty else None)
 
 
 def penalty_of(model, calibration, method, mu):
@@ -308,14 +313,14 @@ def batches(args, items, method, calibration, length):
     return batch
 
 
-def cost(model, optimizer, seconds):
-    """What a run needed: seconds per step, trained parameters, and bytes of all that training holds
-    (weights, gradients, moments, bases; no activations) or, on a GPU, the peak of everything."""
+def cost(model, optimizer):
+    """What a run needed: trained parameters, and bytes of all that training holds (weights, gradients,
+    moments, bases; no activations) or, on a GPU, the peak of everything."""
     trained = [p for p in model.parameters() if p.requires_grad]
     held = [*model.parameters(), *model.buffers(), *trained,
             *(t for pair in optimizer.spectral.values() for t in pair),
             *(t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))]
-    return {"seconds": seconds, "trained": sum(p.numel() for p in trained),
+    return {"trained": sum(p.numel() for p in trained),
             "bytes": (torch.cuda.max_memory_allocated() if torch.cuda.is_available()
                       else sum(t.numel() * t.element_size() for t in held))}
 

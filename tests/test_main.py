@@ -175,7 +175,6 @@ def test_what_adapt_wrote_is_the_model_it_trained(out, tmp_path, monkeypatch, me
     saved = torch.load(path, weights_only=True)
     counted = sum(p.numel() for p in trained[0].parameters() if p.requires_grad)
     assert saved["cost"]["trained"] == counted and saved["cost"]["bytes"] >= 4 * 4 * counted
-    assert saved["cost"]["seconds"] > 0
 
 
 @pytest.mark.parametrize("method", ["lora-kl", "folora-kl"])

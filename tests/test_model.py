@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 import train
 from calibrate import second_moments
 from folora import METHODS, SAdam, oplora_protected
-from model import (GPT, GPTConfig, add_lora, block_linears, fingerprint, generate, load, lora_parameters,
-                   merge_lora, remove_lora, save, truncate)
+from model import (GPT, GPTConfig, add_lora, block_linears, causal_attention, fingerprint, generate, load,
+                   lora_parameters, merge_lora, remove_lora, save, truncate)
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 prompts_of_any_length = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=10),
@@ -89,6 +89,21 @@ def test_logits_of_chosen_positions_are_those_among_all(tokens, rows, seed):
     with torch.no_grad(), train.autocast(x.device):
         expected = cross_entropy(model(x).float().flatten(0, 1), y.flatten(), ignore_index=-100)
         assert train.loss_of(model, x, y).item() == pytest.approx(expected.item(), rel=0.01)
+
+
+@given(tokens=st.integers(1, 24), heads=st.integers(1, 3), seed=st.integers(0, 99))
+def test_attention_in_bf16_is_that_of_the_fused_kernel(tokens, heads, seed):
+    """By hand where the fused kernel is slow: the same values and gradients, to bf16's rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v, weight = torch.randn(4, 2, heads, tokens, 8, generator=generator)
+    expected, found = [], []
+    for dtype, to in (torch.float32, expected), (torch.bfloat16, found):
+        inputs = [t.to(dtype).requires_grad_() for t in (q, k, v)]
+        y = causal_attention(*inputs)
+        assert y.dtype == dtype
+        to += [y, *torch.autograd.grad((y.float() * weight).sum(), inputs)]
+    for a, b in zip(expected, found):
+        assert (a - b.float()).norm() <= 0.02 * a.norm() + 1e-6
 
 
 def test_generate_refuses_what_does_not_fit():
