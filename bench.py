@@ -125,7 +125,7 @@ class Study:
                     return {"failed": str(error)}
             model, result = scores(path)
             learnt = result["target"] if not args.seed else score_items(
-                model, items_of(args.task, "valid", ITEMS)["target"], tasks.byte_encoding())
+                model, items_of(args.task, "valid", ITEMS)["target"])
             steps = range(0, args.steps + 1, args.steps // args.snapshots)[1:] if args.snapshots else []
             along = [(step, scores(folder / f"step{step}.pt")[1]) for step in steps]
             return {split: result, "learnt": learnt["score"], **self.moved(model),

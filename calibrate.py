@@ -67,6 +67,7 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
     device = model.lm_head.weight.device
     generator, rng = torch.Generator(device).manual_seed(seed), random.Random(f"decoding {seed}")
     accepted, rejected, seen, tries = [], collections.Counter(), set(), 0
+    batch = min(batch, count)
     while len(accepted) < count:
         if tries >= 4 * count + batch:
             raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in {tries} tries "
@@ -141,17 +142,17 @@ def means(moments):
 SOURCES = ("own", "mixture", "prose", "source", "facts")
 
 
-def proxy_rows(args, model, writer, encoding, limits):
+def proxy_rows(args, model, writer, limits):
     """`args.samples` texts as token lists without <|endoftext|>: what `writer` writes (the foundation, or
     another --out folder's), or the model's true pretraining text, which in life nobody has, or one domain."""
-    eot, length = encoding.eot_token, model.config.block_size
+    encoding, length = tasks.encoding_called(model.config.encoding), model.config.block_size
     if args.source in SOURCES[1:]:
         mixture, rng = tasks.PretrainingMixture(encoding), random.Random(f"proxy {args.seed}")
         if args.source != "mixture":
             mixture.ROWS = {"short" if args.source == "facts" else args.source: 1}
             mixture.DOCUMENTS = {"facts": 1}
         return [mixture.row(rng, length + 1)[1:] for _ in range(args.samples)]
-    samples, rejected = sample_proxy(writer, args.samples, eot, limits, args.min_new,
+    samples, rejected = sample_proxy(writer, args.samples, encoding.eot_token, limits, args.min_new,
                                      args.max_new or writer.config.block_size, args.seed)
     print(f"  accepted {len(samples)}, rejected {rejected.total()}: {dict(rejected) or 'none'}")
     return samples
@@ -160,7 +161,7 @@ def proxy_rows(args, model, writer, encoding, limits):
 def proxy(args, model, foundation):
     """{"samples": (N, longest) int32 padded with -1, "C_pre": {layer: (d_in, d_in)}, "S_pre": {layer:
     (d_out, d_out)}}, kept in out/."""
-    encoding = tasks.byte_encoding()
+    encoding = tasks.encoding_called(model.config.encoding)
     limits = {key: getattr(args, key) for key in ("min_tokens", "max_run", "min_unique", "unique_from",
                                                   "min_unique_fours", "fours_from")}
     writer, author = ((model, args.source) if args.source in SOURCES
@@ -172,7 +173,7 @@ def proxy(args, model, foundation):
     if reusable(path, "proxy", settings):
         return load(path, "proxy", "python calibrate.py")
     print(f"proxy: {args.samples} samples, source: {args.source}")
-    samples = proxy_rows(args, model, writer, encoding, limits)
+    samples = proxy_rows(args, model, writer, limits)
     for tokens in samples[:8]:
         print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))
     samples = [tokens[:model.config.block_size] for tokens in samples]
@@ -229,12 +230,12 @@ def print_spectrum(layers):
 
 def calibrate(args):
     """Sample and measure, unless out/<task>/calibration.pt was made with the same settings and foundation."""
-    encoding = tasks.byte_encoding()
     if not args.name.startswith("calibration"):
         raise ValueError(f"name is {args.name}; it must start with calibration, as in calibration-prose")
     path = pathlib.Path(args.out) / args.task / f"{args.name}.pt"
     queries = [item.prompt for item in tasks.task_items(args.task, "train", args.queries)]
     model, foundation = load_foundation(args.out, pick_device())
+    encoding = tasks.encoding_called(model.config.encoding)
     old = proxy(args, model, foundation)
     settings = dict(old["settings"], task=args.task, queries=args.queries, text=tasks.fingerprint(queries))
     if reusable(path, "calibration", settings):

@@ -31,9 +31,10 @@ METHODS = ["lora", "folora", "folora-kl"]  # the main job's
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 
-def answers(model, items, encoding, batch=200):
+def answers(model, items, batch=200):
     """The model's greedy answer to each item, up to the end of its line."""
-    newline, said = encoding.encode_single_token("\n"), []
+    encoding, said = tasks.encoding_called(model.config.encoding), []
+    newline = encoding.encode_single_token("\n")
     longest = max(len(encoding.encode_ordinary(item.answer)) for item in items) + 8
     prompts = [[encoding.eot_token] + encoding.encode_ordinary(item.prompt) for item in items]
     for first in range(0, len(prompts), batch):
@@ -44,31 +45,33 @@ def answers(model, items, encoding, batch=200):
     return said
 
 
-def score_items(model, items, encoding):
+def score_items(model, items):
     """{"score": percent right, "n": number of items, "wrong": up to three examples}."""
-    said = answers(model, items, encoding)
+    said = answers(model, items)
     wrong = [{"prompt": i.prompt, "said": s, "right": i.answer}
              for i, s in zip(items, said) if not i.check(s)]
     return {"score": 100 * (1 - len(wrong) / len(items)), "n": len(items), "wrong": wrong[:3]}
 
 
 @torch.inference_mode()
-def bits_per_byte(model, kind, split, encoding, most):
+def bits_per_byte(model, kind, split, most):
     """Mean cross-entropy on `most` held-out rows, in bits per byte."""
-    rows = torch.tensor(tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1)[:most])
-    rows = rows.to(model.lm_head.weight.device)
-    nats = loss_of(model, rows[:, :-1], rows[:, 1:]).item()
-    return {"score": nats / math.log(2), "n": len(rows)}
+    encoding = tasks.encoding_called(model.config.encoding)
+    rows = tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1)[:most]
+    nats, size = 0, sum(len(encoding.decode_bytes(row[1:])) for row in rows)
+    at_once = max(1, 2 ** 26 // (model.config.block_size * model.config.vocab_size))  # so many rows' logits
+    for chunk in torch.tensor(rows, device=model.lm_head.weight.device).split(at_once):
+        nats += loss_of(model, chunk[:, :-1], chunk[:, 1:]).item() * chunk[:, 1:].numel()
+    return {"score": nats / math.log(2) / size, "n": len(rows)}
 
 
 def evaluate(model, items, split, rows=256):
     """Scores of one model on items {"target" or kind: [Item]} and on held-out text, and their averages."""
-    encoding = tasks.byte_encoding()
-    scores = {kind: score_items(model, these, encoding) for kind, these in items.items()}
+    scores = {kind: score_items(model, these) for kind, these in items.items()}
     target = scores.pop("target")
     avg1 = sum(kept["score"] for kept in scores.values()) / len(scores)
     return {"target": target, "kept": scores,
-            "text": {kind: bits_per_byte(model, kind, split, encoding, rows) for kind in tasks.LIBRARY},
+            "text": {kind: bits_per_byte(model, kind, split, rows) for kind in tasks.LIBRARY},
             "Avg1": avg1, "Avg2": target["score"], "GM": math.sqrt(avg1 * target["score"])}
 
 

@@ -9,8 +9,10 @@ Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGP
 https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 """
 import hashlib
+import json
 import math
 import os
+import pathlib
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +28,7 @@ class GPTConfig:
     n_head: int = 4
     n_embd: int = 128
     gelu: str = "none"      # or GPT-2's "tanh", the same to 0.001 and four times slower on a CPU
+    encoding: str = "bytes"  # what a token is: see tasks.encoding_called
 
 
 class KVCache:
@@ -175,9 +178,10 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
     for new in range(max_new_tokens):
         if use_cache:
             cache.used = max(lengths) + new
-            logits = model(tokens.gather(1, pos), pos, cache)[rows, end - 1 if new == 0 else 0]
+            logits = model(tokens.gather(1, pos), pos, cache, only=pos == end[:, None] - 1)  # (B, vocab)
         else:
-            logits = model(tokens[:, :end.max()])[rows, end - 1]
+            everything = torch.arange(end.max(), device=device).expand(len(prompts), -1)
+            logits = model(tokens[:, :end.max()], only=everything == end[:, None] - 1)
         if new < min_new_tokens:
             logits[:, stop] = -math.inf
         if decoding is None:
@@ -284,6 +288,78 @@ def merge_lora(model, learnt=True):
 def remove_lora(model):
     """Replace every adapter by the linear layer that stood there before, W_res + κB0A0 = W0."""
     merge_lora(model, learnt=False)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# GPT-2's weights, as Hugging Face stores them
+
+GPT2 = {name: f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
+        for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
+
+
+def gpt2_layout(model):
+    """{GPT-2's name: tensor}: views of the model's weights as that layout has them, the blocks' projections
+    as (d_in, d_out). The output layer is the embedding and does not stand there."""
+    turned = {f"{name}.weight" for name in block_linears(model)}
+    return {name.removeprefix("transformer."): p.detach().T if name in turned else p.detach()
+            for name, p in model.named_parameters()}
+
+
+def from_gpt2(weights, n_head=None):
+    """The GPT of {name: tensor} in that layout; heads of 64 channels, GPT-2's, where n_head is not given.
+    ValueError names a tensor that is missing, unknown or of another shape."""
+    weights = {name.removeprefix("transformer."): t for name, t in weights.items()
+               if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks, not weights
+    output = weights.pop("lm_head.weight", None)
+    shapes = [tuple(weights[name].shape) for name in ("wte.weight", "wpe.weight") if name in weights]
+    if [len(shape) for shape in shapes] != [2, 2]:
+        raise ValueError("wte.weight and wpe.weight are not there as matrices: these are not GPT-2's weights")
+    (vocab, C), (T, _) = shapes
+    n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
+    n_head = n_head or C // 64
+    if not n_layer or not n_head or C % n_head:
+        raise ValueError(f"{n_layer} blocks of {n_head} heads and {C} channels: this is not a GPT-2")
+    model = GPT(GPTConfig(T, vocab, n_layer, n_head, C, gelu="tanh", encoding="gpt2"))
+    layout = gpt2_layout(model)
+    for name in sorted(weights.keys() ^ layout.keys()):
+        raise ValueError(f"{name} is {'missing' if name in layout else 'unknown'}: not GPT-2's layout")
+    for name, own in layout.items():
+        if weights[name].shape != own.shape:
+            raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}; GPT-2's layout has "
+                             f"{tuple(own.shape)} there")
+        own.copy_(weights[name])
+    if output is not None and not torch.equal(output.to(model.lm_head.weight), model.lm_head.weight):
+        raise ValueError("lm_head.weight is not wte.weight; GPT-2 ties them")
+    return model
+
+
+def read_gpt2(source):
+    """(weights, n_head or None) of one of GPT2's names, downloaded once, or of a folder or file on disk."""
+    path, n_head = pathlib.Path(source), None
+    if source in GPT2:
+        path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / f"{source}.bin"
+        if not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(GPT2[source], str(path))  # whole or not at all
+            except OSError as error:
+                raise ValueError(f"{source} cannot be downloaded ({error}); fetch {GPT2[source]} elsewhere "
+                                 "and give its path")
+    elif path.is_dir():
+        if (path / "config.json").exists():
+            n_head = json.loads((path / "config.json").read_text()).get("n_head")
+        path = next((path / name for name in ("model.safetensors", "pytorch_model.bin")
+                     if (path / name).exists()), path / "pytorch_model.bin")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            return load_file(path), n_head
+        return torch.load(path, map_location="cpu", weights_only=True), n_head
+    except ImportError:
+        raise ValueError(f"{path} needs the package safetensors: pip install safetensors")
+    except Exception as error:  # missing, truncated, or not plain tensors
+        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}); give one of "
+                         f"{', '.join(GPT2)}, or a whole pytorch_model.bin or model.safetensors")
 
 
 # ------------------------------------------------------------------------------------------------------------

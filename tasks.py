@@ -47,6 +47,19 @@ def byte_encoding():
                              special_tokens={EOT: 256})
 
 
+@functools.cache
+def encoding_called(name):
+    """"bytes", or tiktoken's "gpt2", which is downloaded once."""
+    if name == "bytes":
+        return byte_encoding()
+    try:
+        return tiktoken.get_encoding(name)
+    except Exception as error:  # tiktoken passes on whatever its download raises
+        raise ValueError(f"the vocabulary of {name} is not cached and cannot be downloaded "
+                         f"({type(error).__name__}); run once with a network, or let TIKTOKEN_CACHE_DIR name "
+                         "a folder that holds it")
+
+
 def fingerprint(texts):
     """A short SHA-256: results say which text they were made with."""
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]

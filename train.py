@@ -5,6 +5,7 @@
     python train.py adapt --task math --method folora     # out/math/folora-.../adapter.pt
 """
 import argparse
+import json
 import math
 import pathlib
 import random
@@ -16,8 +17,8 @@ from torch.nn import functional as F
 
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
-from model import (GPT, GPTConfig, LoRALinear, add_lora, autocast, block_linears, fingerprint, load,
-                   merge_lora, pick_device, save)
+from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, fingerprint,
+                   from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, save, write_whole)
 
 SAVE_EVERY = 500  # steps
 ADAPT_DEFAULTS = {"rank": 8, "scale": 1.0, "steps": 200, "batch": 16, "examples": 2000,
@@ -126,8 +127,10 @@ def reusable(path, kind, settings):
 
 def pretrain(args):
     """Train the foundation on the mixture of `tasks.py`, unless out/foundation.pt was made with
-    the same settings."""
+    the same settings. Or take GPT-2's weights for it."""
     path = pathlib.Path(args.out) / "foundation.pt"
+    if args.foundation != "tiny":
+        return take_foundation(args.foundation, path)
     if args.width % args.heads:
         raise ValueError(f"width is {args.width}; it must be a multiple of heads, {args.heads}")
     mixture = tasks.PretrainingMixture(tasks.byte_encoding())
@@ -158,6 +161,15 @@ def pretrain(args):
     save(path, {"kind": "foundation", "settings": settings, "losses": losses, "model": model.state_dict()})
     partial.unlink(missing_ok=True)
     print(f"{path} written")
+
+
+def take_foundation(source, path):
+    """Make weights in GPT-2's layout (see `read_gpt2`) the foundation."""
+    model = from_gpt2(*read_gpt2(source))
+    settings = {"config": vars(model.config), "source": fingerprint(model.state_dict())}
+    if not reusable(path, "foundation", settings):
+        save(path, {"kind": "foundation", "settings": settings, "model": model.state_dict()})
+        print(f"{path} written: {source}, {sum(p.numel() for p in model.parameters()):,} parameters")
 
 
 def load_foundation(out, device):
@@ -285,7 +297,7 @@ def ready(args, model, method, calibration, items):
     """The model is made ready for `method`; returns what `fit` needs besides: optimizer, batch, penalty."""
     spectral = prepare(model, method, calibration, args)
     optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr)
-    return (optimizer, batches(args, items, method, calibration, model.config.block_size),
+    return (optimizer, batches(args, items, method, calibration, model.config),
             penalty_of(model, calibration, method, args.mu) if method.penalty else None)
 
 
@@ -298,9 +310,9 @@ def penalty_of(model, calibration, method, mu):
     return lambda: mu * sum(two_sided_penalty(*layer.change(), S, C) for layer, S, C in layers)
 
 
-def batches(args, items, method, calibration, length):
+def batches(args, items, method, calibration, config):
     """batch(step) -> (x, y) of the task's items and, for replay, of the foundation's own samples besides."""
-    encoding = tasks.byte_encoding()
+    encoding, length = tasks.encoding_called(config.encoding), config.block_size
     rows = response_rows(items, encoding, length)
     replayed = round(method.replay * args.batch)
     old = [([encoding.eot_token, *(t for t in sample.tolist() if t >= 0)][:length + 1], 1)  # all are targets
@@ -327,6 +339,13 @@ def cost(model, optimizer):
 
 def load_adapter(path, out, device):
     """The foundation with the adapter of `path`, merged: an ordinary GPT."""
+    model = load_adapted(path, out, device)
+    merge_lora(model)
+    return model
+
+
+def load_adapted(path, out, device):
+    """The foundation with the adapter of `path`, not merged."""
     saved = load(path, "adapter", "python train.py adapt")
     model, foundation = load_foundation(out, device)
     settings, changed = saved["settings"], saved["changed"]
@@ -338,8 +357,58 @@ def load_adapter(path, out, device):
             if f"{name}.lora_U" in changed:
                 layer.protect(changed[f"{name}.lora_U"].to(device), changed[f"{name}.lora_V"].to(device))
     model.load_state_dict(changed, strict=False)
-    merge_lora(model)
     return model
+
+
+# ------------------------------------------------------------------------------------------------------------
+# export
+
+def export(args):
+    """Write a folder that transformers (merged weights) or PEFT (an adapter for the untouched foundation)
+    reads."""
+    path, folder = pathlib.Path(args.adapter or "."), pathlib.Path(args.to)
+    if not args.adapter:
+        config, weights, stem = merged_files(load_foundation(args.out, "cpu")[0])
+    elif args.format == "merged":
+        config, weights, stem = merged_files(load_adapter(path, args.out, "cpu"))
+    else:
+        config, weights, stem = peft_files(load_adapted(path, args.out, "cpu"), args.base, path)
+    write_whole(folder / f"{stem}.bin", lambda f: torch.save(weights, f))
+    name = "adapter_config.json" if stem == "adapter_model" else "config.json"
+    write_whole(folder / name, lambda f: f.write(json.dumps(config, indent=2).encode()))
+    print(f"{folder / stem}.bin and {name} written")
+
+
+def merged_files(model):
+    """(config.json, weights, name) of a GPT in GPT-2's layout."""
+    c = model.config
+    eot = tasks.encoding_called(c.encoding).eot_token
+    return (dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
+                 n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
+                 n_head=c.n_head, activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
+                 bos_token_id=eot, eos_token_id=eot),
+            {f"transformer.{name}": t.contiguous() for name, t in gpt2_layout(model).items()},
+            "pytorch_model")
+
+
+def peft_files(model, base, path):
+    """(adapter_config.json, weights, name) of a PEFT LoRA on W0. W_res is not W0, but the change is of
+    rank 2r all the same: ΔW = κ(BA - B0A0) = [κB, -κB0] [A; A0]."""
+    weights, layers = {}, block_linears(model, LoRALinear)
+    if not layers:
+        raise ValueError(f"{path} holds full weights, which no LoRA can hold; use --format merged")
+    for name, layer in layers.items():
+        P, G = layer.change()
+        r = len(G)
+        if r > min(layer.weight.shape):
+            raise ValueError(f"{path}: rank {r} = 2r is more than {name} can have, "
+                             f"{tuple(layer.weight.shape)}; use --format merged")
+        weights[f"base_model.model.{name}.lora_A.weight"] = G.detach().contiguous()
+        weights[f"base_model.model.{name}.lora_B.weight"] = P.detach().contiguous()
+    return (dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=r, lora_alpha=r,
+                 target_modules=["c_attn", "c_proj", "c_fc"], lora_dropout=0.0, bias="none",
+                 fan_in_fan_out=True, inference_mode=True),  # GPT-2's projections are (d_in, d_out)
+            weights, "adapter_model")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -367,9 +436,12 @@ def positive(text):
 def parser():
     formatter = argparse.ArgumentDefaultsHelpFormatter
     top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = top.add_subparsers(required=True, metavar="pretrain | adapt")
+    commands = top.add_subparsers(required=True, metavar="pretrain | adapt | export")
     p = commands.add_parser("pretrain", help="train the small foundation", formatter_class=formatter)
     p.set_defaults(run=pretrain)
+    p.add_argument("--foundation", default="tiny",
+                   help=f"tiny, trained here with the options below; {', '.join(GPT2)}; or a checkpoint in "
+                        "GPT-2's layout: a file, or a folder with config.json")
     p.add_argument("--steps", type=positive, default=2300)
     p.add_argument("--batch", type=positive, default=16, help="rows a step")
     p.add_argument("--context", type=positive, default=128, help="tokens a row")
@@ -397,8 +469,17 @@ def parser():
     a.add_argument("--calibration", help="name of the calibration, as calibrate.py wrote it")
     a.add_argument("--snapshots", type=int, help="how many adapters to write along the way")
     a.set_defaults(**ADAPT_DEFAULTS)
+    e = commands.add_parser("export", help="write weights that transformers and PEFT read",
+                            formatter_class=formatter)
+    e.set_defaults(run=export)
+    e.add_argument("--adapter", help="an adapter.pt; without one, the foundation itself")
+    e.add_argument("--format", choices=["peft", "merged"], default="peft",
+                   help="peft: an adapter for the foundation; merged: all weights, in GPT-2's layout")
+    e.add_argument("--base", default="gpt2", help="what the PEFT adapter's config says of its base model")
+    e.add_argument("--to", required=True, help="folder for the files")
     for sub in p, a:
         sub.add_argument("--seed", type=int, default=0)
+    for sub in p, a, e:
         sub.add_argument("--out", default="out", help="folder for all results")
     return top
 
