@@ -25,7 +25,8 @@ import calibrate
 import tasks
 import train
 from eval import evaluate, items_of, kept, markdown, score_items
-from folora import METHODS, forgetting_penalty, solve_layer, spectral_gate
+from folora import (METHODS, Method, fisher, forgetting_penalty, generalized_eigh, kaiming, leading,
+                    null_space, sadam, solve_layer, spectral_gate)
 from model import block_linears, load, pick_device, write_whole
 from train import load_adapter, load_foundation
 
@@ -33,6 +34,52 @@ try:
     import fcntl
 except ImportError:  # Windows: a comparison there is for one process
     fcntl = None
+
+# ------------------------------------------------------------------------------------------------------------
+# FoLoRA taken apart: variants that the ablations compare
+
+def ungated(m, lam, s_min):
+    """The coordinates without the gate."""
+    return m["basis"], torch.ones_like(m["eigvals"])
+
+
+def evenly_gated(m, lam, s_min):
+    """The coordinates and a gate of the same mean that knows no direction."""
+    gate = spectral_gate(m["eigvals"], lam, s_min)
+    return m["basis"], gate.mean().expand_as(gate)
+
+
+def penalty_alone(m, lam, s_min):
+    """The directions of H alone: C_task = I, so γ is one over the penalty."""
+    eigvals, basis = generalized_eigh(torch.eye(len(m["H"])).to(m["H"]), m["H"])
+    return basis, spectral_gate(eigvals, lam, s_min)
+
+
+def utility_alone(m, lam, s_min):
+    """The directions of C_task alone: H = I, so γ is the utility."""
+    eigvals, basis = generalized_eigh(m["C_task"], torch.eye(len(m["H"])).to(m["H"]))
+    return basis, spectral_gate(eigvals, lam, s_min)
+
+
+def one_sided(S_pre):
+    """All outputs alike, as in Eq. 6, at the same mean."""
+    return S_pre.diagonal().mean() * torch.eye(len(S_pre)).to(S_pre)
+
+
+METHODS |= {
+    "null-kl": Method(null_space, penalty=fisher),
+    "folora-top-kl": Method(leading, sadam, penalty=fisher),
+    "folora-one-sided": Method(leading, penalty=one_sided),
+    "null-adam": Method(null_space),
+    "null-frozen": Method(null_space, train_A=False),
+    "null-ungated": Method(null_space, ungated),
+    "null-evenly": Method(null_space, evenly_gated),
+    "null-penalty": Method(null_space, penalty_alone),
+    "null-utility": Method(null_space, utility_alone),
+    "top-adam": Method(leading),
+    "top-frozen": Method(leading, train_A=False),
+    "kaiming-sadam": Method(kaiming, sadam),
+}
 
 # ------------------------------------------------------------------------------------------------------------
 # A run is (task, method, rate index, seed, other options of train.py adapt). Seed 0 sweeps the
@@ -49,7 +96,7 @@ FIRST_RATE = {"full": -6, "folora-full": -6, "pissa": 0, "sc-lora": 0, "lora-nul
               "top-frozen": 8}           # of a sweep, as an index (see `rate`); 4 for the others
 ITEMS, ROWS = 100, 64                    # of each kind, of held-out text
 
-# FoLoRA taken apart: {group: {name: (method, options of train.py adapt)}}
+# {group: {name: (method, options of train.py adapt)}}
 ABLATIONS = {
     "the penalty in the loss": {
         **{name: (name, ()) for name in ("folora-kl", "lora-kl", "null-kl", "folora-top-kl",

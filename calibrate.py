@@ -17,6 +17,7 @@ import random
 
 import torch
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
@@ -27,6 +28,13 @@ from train import command, load_foundation, positive, response_batch, reusable
 DECODING = [(0.70, (1.0, 1.0, 0)),
             (0.20, (1.0, 0.95, 0)),
             (0.10, (1.2, 0.98, 50))]
+# which samples are rejected: App. B.4, for a model of bytes; the paper's 0.12 and 256 are for BPE
+FILTERS = {"min_tokens": (32, "shorter samples are rejected"),
+           "max_run": (20, "a run of so many equal tokens is rejected"),
+           "min_unique": (0.08, "least ratio of unique tokens; 128 bytes of real text have 0.13 to 0.3"),
+           "unique_from": (128, "the ratio counts from this length"),
+           "min_unique_fours": (0.25, "least ratio of unique 4-grams"),
+           "fours_from": (96, "that ratio counts from this length")}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -116,11 +124,9 @@ def second_moments(model, rows, batch=64):
     with watching(layers, lambda name, activations: moments[name].add(activations, mask)):  # the batch's mask
         for first in range(0, len(rows), batch):
             chunk = rows[first:first + batch]
-            x = torch.zeros(len(chunk), len(chunk[-1]), dtype=torch.long)
-            mask = torch.zeros(x.shape, dtype=torch.bool)
-            for i, row in enumerate(chunk):
-                x[i, :len(row)], mask[i, :len(row)] = torch.tensor(row), True
-            x, mask = x.to(device), mask.to(device)
+            x = pad_sequence([torch.tensor(row) for row in chunk], batch_first=True).to(device)
+            lengths = torch.tensor([[len(row)] for row in chunk], device=device)
+            mask = torch.arange(x.shape[1], device=device) < lengths
             model(x)
     return means(moments)
 
@@ -162,8 +168,7 @@ def proxy(args, model, foundation):
     """{"samples": (N, longest) int32 padded with -1, "C_pre": {layer: (d_in, d_in)}, "S_pre": {layer:
     (d_out, d_out)}}, kept in out/."""
     encoding = tasks.encoding_called(model.config.encoding)
-    limits = {key: getattr(args, key) for key in ("min_tokens", "max_run", "min_unique", "unique_from",
-                                                  "min_unique_fours", "fours_from")}
+    limits = {key: getattr(args, key) for key in FILTERS}
     writer, author = ((model, args.source) if args.source in SOURCES
                       else load_foundation(args.source, model.lm_head.weight.device))
     settings = dict(foundation=foundation, source=author, samples=args.samples, limits=limits,
@@ -179,7 +184,7 @@ def proxy(args, model, foundation):
     samples = [tokens[:model.config.block_size] for tokens in samples]
     rows = [([encoding.eot_token] + tokens)[:model.config.block_size] for tokens in samples]
     warn_of_few(rows, model, "samples")
-    padded = torch.nn.utils.rnn.pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
+    padded = pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
     content = {"kind": "proxy", "settings": settings, "samples": padded, "C_pre": second_moments(model, rows),
                "S_pre": output_moments(model, [[encoding.eot_token] + tokens
                                                for tokens in samples[:args.fisher_samples]])}
@@ -266,15 +271,8 @@ def parser():
     p.add_argument("--name", default="calibration", help="the file is out/<task>/<name>.pt")
     p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")
     p.add_argument("--max-new", type=positive, help="tokens a sample at most; default: the model's context")
-    p.add_argument("--min-tokens", type=int, default=32, help="shorter samples are rejected")
-    p.add_argument("--max-run", type=int, default=20, help="a run of so many equal tokens is rejected")
-    p.add_argument("--min-unique", type=float, default=0.08,
-                   help="least ratio of unique tokens; the paper's 0.12 is for BPE, "
-                        "rows of 128 bytes of real text have 0.13 to 0.3")
-    p.add_argument("--unique-from", type=int, default=128, help="the ratio counts from this length")
-    p.add_argument("--min-unique-fours", type=float, default=0.25, help="least ratio of unique 4-grams")
-    p.add_argument("--fours-from", type=int, default=96,
-                   help="that ratio counts from this length; the paper's 256 is for BPE")
+    for key, (default, said) in FILTERS.items():
+        p.add_argument(f"--{key.replace('_', '-')}", type=type(default), default=default, help=said)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="out", help="folder for all results")
     return p

@@ -318,29 +318,6 @@ def sadam(m, lam, s_min):
     return m["basis"], spectral_gate(m["eigvals"], lam, s_min)
 
 
-def ungated(m, lam, s_min):
-    """The coordinates without the gate."""
-    return m["basis"], torch.ones_like(m["eigvals"])
-
-
-def evenly_gated(m, lam, s_min):
-    """The coordinates and a gate of the same mean that knows no direction."""
-    gate = spectral_gate(m["eigvals"], lam, s_min)
-    return m["basis"], gate.mean().expand_as(gate)
-
-
-def penalty_alone(m, lam, s_min):
-    """The directions of H alone: C_task = I, so γ is one over the penalty."""
-    eigvals, basis = generalized_eigh(torch.eye(len(m["H"])).to(m["H"]), m["H"])
-    return basis, spectral_gate(eigvals, lam, s_min)
-
-
-def utility_alone(m, lam, s_min):
-    """The directions of C_task alone: H = I, so γ is the utility."""
-    eigvals, basis = generalized_eigh(m["C_task"], torch.eye(len(m["H"])).to(m["H"]))
-    return basis, spectral_gate(eigvals, lam, s_min)
-
-
 def truncated(m, lam, s_min):
     """The leading half of the basis: the other directions never move."""
     basis, gate = sadam(m, lam, s_min)
@@ -349,11 +326,6 @@ def truncated(m, lam, s_min):
 
 def fisher(S_pre):
     return S_pre
-
-
-def one_sided(S_pre):
-    """All outputs alike, as in Eq. 6, at the same mean."""
-    return S_pre.diagonal().mean() * torch.eye(len(S_pre)).to(S_pre)
 
 
 def kaiming(W0, m, r, k, g):
@@ -402,19 +374,6 @@ METHODS = {
     "folora-kl-replay": Method(leading, penalty=fisher, replay=0.25),
     "folora-full": Method(None, sadam),                        # App. D
     "folora-half": Method(null_space, truncated),              # App. D
-    # FoLoRA taken apart
-    "null-kl": Method(null_space, penalty=fisher),
-    "folora-top-kl": Method(leading, sadam, penalty=fisher),
-    "folora-one-sided": Method(leading, penalty=one_sided),
-    "null-adam": Method(null_space),
-    "null-frozen": Method(null_space, train_A=False),
-    "null-ungated": Method(null_space, ungated),
-    "null-evenly": Method(null_space, evenly_gated),
-    "null-penalty": Method(null_space, penalty_alone),
-    "null-utility": Method(null_space, utility_alone),
-    "top-adam": Method(leading),
-    "top-frozen": Method(leading, train_A=False),
-    "kaiming-sadam": Method(kaiming, sadam),
 }
 
 

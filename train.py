@@ -21,9 +21,14 @@ from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_l
                    from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, save, write_whole)
 
 SAVE_EVERY = 500  # steps
-ADAPT_DEFAULTS = {"rank": 8, "scale": 1.0, "steps": 200, "batch": 16, "examples": 2000,
-                  "lam": 1.0, "s_min": 0.3, "tau": 0.01, "mu": 10.0, "calibration": "calibration",
-                  "snapshots": 0}
+ADAPT = {  # option: (default, what it is)
+    "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"), "steps": (200, "optimizer steps"),
+    "batch": (16, "items a step"), "examples": (2000, "training items"),
+    "lam": (1.0, "λ of the gate γ/(γ + λ)"), "s_min": (0.3, "the smallest gate"),
+    "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
+    "mu": (10.0, "μ of the penalty in the loss, for methods that have one"),
+    "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
+    "snapshots": (0, "how many adapters to write along the way")}
 # with which every task was learnt in sweeps on validation items: to 80 % of LoRA's best target score
 LEARNING_RATES = {"full": 5e-4, "folora-full": 5e-4, "sc-lora": 2e-3, "pissa": 2.8e-3, "lora": 5.7e-3,
                   "milora": 5.7e-3, "corda": 5.7e-3, "folora": 8e-3, "folora-top": 8e-3, "replay": 1.6e-2,
@@ -247,7 +252,7 @@ def response_batch(rows):
 
 def run_folder(args):
     """out/<task>/<method>-lr<lr>-seed<seed>, and what else is not at its default."""
-    others = [f"-{key}{getattr(args, key)}" for key, default in ADAPT_DEFAULTS.items()
+    others = [f"-{key}{getattr(args, key)}" for key, (default, _) in ADAPT.items()
               if getattr(args, key) != default]
     return (pathlib.Path(args.out) / args.task
             / "".join([f"{args.method}-lr{args.lr:g}-seed{args.seed}", *others]).replace("_", ""))
@@ -266,7 +271,7 @@ def adapt(args):
         raise ValueError(f"batch is {args.batch}; it must not exceed the {len(items)} training items")
     settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
-                    **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT_DEFAULTS)})
+                    **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT)})
     path = run_folder(args) / "adapter.pt"
     if reusable(path, "adapter", settings):
         return path
@@ -457,18 +462,9 @@ def parser():
     a.add_argument("--method", default="folora-kl", help=f"one of {', '.join(METHODS)}")
     a.add_argument("--lr", type=float,
                    help=f"peak learning rate; default by method: {LEARNING_RATES}, others {OTHER_RATE}")
-    a.add_argument("--rank", type=int, help="LoRA's rank r")
-    a.add_argument("--scale", type=float, help="κ in W = W_res + κBA")
-    a.add_argument("--steps", type=positive, help="optimizer steps")
-    a.add_argument("--batch", type=positive, help="items a step")
-    a.add_argument("--examples", type=positive, help="training items")
-    a.add_argument("--lam", type=float, help="λ of the gate γ/(γ + λ)")
-    a.add_argument("--s-min", type=float, help="the smallest gate")
-    a.add_argument("--tau", type=float, help="damping of C_pre, relative to the mean square of an input")
-    a.add_argument("--mu", type=float, help="μ of the penalty in the loss, for methods that have one")
-    a.add_argument("--calibration", help="name of the calibration, as calibrate.py wrote it")
-    a.add_argument("--snapshots", type=int, help="how many adapters to write along the way")
-    a.set_defaults(**ADAPT_DEFAULTS)
+    for key, (default, said) in ADAPT.items():
+        kind = positive if key in ("steps", "batch", "examples") else type(default)
+        a.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=said)
     e = commands.add_parser("export", help="write weights that transformers and PEFT read",
                             formatter_class=formatter)
     e.set_defaults(run=export)

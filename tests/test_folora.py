@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, strategies as st
 from torch.nn.functional import cross_entropy, softplus
 
-from folora import (METHODS, SAdam, SecondMoment, corda_start, damped, evenly_gated, forgetting_penalty,
-                    generalized_eigh, kaiming_start, leading_start, lora_null_start, method_called,
-                    milora_start, normalise, null_space_start, one_sided, oplora_protected, penalty_alone,
-                    pissa_start, rayleigh_quotient, sadam, sc_lora_start, solve_layer, spectral_gate,
-                    task_utility, truncated, two_sided_penalty, ungated, utility_alone, whiten)
+from bench import evenly_gated, one_sided, penalty_alone, ungated, utility_alone
+from folora import (METHODS, SAdam, SecondMoment, corda_start, damped, forgetting_penalty, generalized_eigh,
+                    kaiming_start, leading_start, lora_null_start, method_called, milora_start, normalise,
+                    null_space_start, oplora_protected, pissa_start, rayleigh_quotient, sadam, sc_lora_start,
+                    solve_layer, spectral_gate, task_utility, truncated, two_sided_penalty, whiten)
 from model import LoRALinear
 
 EPS = torch.finfo(torch.float64).eps

@@ -106,7 +106,7 @@ def test_samples_and_their_moments_serve_every_task(out, tmp_path, capsys):
 
 
 def test_a_run_is_named_by_what_is_not_at_its_default():
-    """Rate and seed always; other options in the order of ADAPT_DEFAULTS; no two settings in one folder."""
+    """Rate and seed always; other options in the order of ADAPT; no two settings in one folder."""
     def name(arguments):
         return str(train.run_folder(train.parser().parse_args(f"adapt --lr 0.01 {arguments}".split())))
     assert name("--task math --method lora") == "out/math/lora-lr0.01-seed0"

@@ -12,8 +12,9 @@ from hypothesis import given, strategies as st
 from torch.nn.functional import cross_entropy
 
 import train
+from bench import METHODS  # its variants included
 from calibrate import second_moments
-from folora import METHODS, SAdam, oplora_protected
+from folora import SAdam, oplora_protected
 from model import (GPT, GPTConfig, add_lora, block_linears, causal_attention, fingerprint, generate, load,
                    lora_parameters, merge_lora, remove_lora, save, truncate)
 
