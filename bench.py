@@ -101,7 +101,7 @@ ABLATIONS = {
     "the penalty in the loss": {
         **{name: (name, ()) for name in ("folora-kl", "lora-kl", "null-kl", "folora-top-kl",
                                          "folora-kl-replay", "folora-one-sided")},
-        **{f"folora-kl, mu {mu}": ("folora-kl", ("--mu", mu)) for mu in ("3", "30")}},
+        **{f"folora-kl, mu {mu}": ("folora-kl", ("--mu", mu)) for mu in ("1", "10")}},
     "coordinates and gate": {name: (name, ()) for name in (
         "folora", "null-adam", "null-ungated", "null-evenly", "null-penalty", "null-utility", "folora-half")},
     "start": {name: (name, ()) for name in (

@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
 from model import block_linears, generate, load, pick_device, save
-from train import command, load_foundation, positive, response_batch, reusable
+from train import add_task, command, load_foundation, positive, response_batch, reusable, task_folder
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -237,16 +237,18 @@ def calibrate(args):
     """Sample and measure, unless out/<task>/calibration.pt was made with the same settings and foundation."""
     if not args.name.startswith("calibration"):
         raise ValueError(f"name is {args.name}; it must start with calibration, as in calibration-prose")
-    path = pathlib.Path(args.out) / args.task / f"{args.name}.pt"
-    queries = [item.prompt for item in tasks.task_items(args.task, "train", args.queries)]
+    path = task_folder(args) / f"{args.name}.pt"
+    queries = [item.prompt
+               for item in tasks.task_items(args.task, "train", args.queries, skip_bad=args.skip_bad)]
     model, foundation = load_foundation(args.out, pick_device())
     encoding = tasks.encoding_called(model.config.encoding)
     old = proxy(args, model, foundation)
     settings = dict(old["settings"], task=args.task, queries=args.queries, text=tasks.fingerprint(queries))
     if reusable(path, "calibration", settings):
         return
-    print(f"calibrate: {args.queries} queries of {args.task} for C_task")
-    prompts = [[encoding.eot_token] + encoding.encode_ordinary(query) for query in queries]
+    print(f"calibrate: {len(queries)} queries of {args.task} for C_task")
+    prompts = [([encoding.eot_token] + encoding.encode_ordinary(query))[:model.config.block_size]
+               for query in queries]
     warn_of_few(prompts, model, "queries")
     C_task = second_moments(model, prompts)
     layers = {name: {"C_pre": C_pre.cpu(), "C_task": C_task[name].cpu(), "S_pre": old["S_pre"][name].cpu()}
@@ -259,7 +261,7 @@ def calibrate(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}")
+    add_task(p)
     p.add_argument("--samples", type=positive, default=2000,
                    help="texts that the foundation writes, for C_pre")
     p.add_argument("--fisher-samples", type=positive, default=500,

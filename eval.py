@@ -23,7 +23,8 @@ import calibrate
 import tasks
 import train
 from model import fingerprint, generate, pick_device, write_whole
-from train import command, load_adapter, load_foundation, loss_of, positive
+from train import (add_task, command, fitting, load_adapter, load_foundation, loss_of, positive,
+                   response_batch, response_row)
 
 METHODS = ["lora", "folora", "folora-kl"]  # the main job's
 
@@ -32,25 +33,44 @@ METHODS = ["lora", "folora", "folora-kl"]  # the main job's
 # Scores
 
 def answers(model, items, batch=200):
-    """The model's greedy answer to each item, up to the end of its line."""
+    """The model's greedy answer to each item, up to the end of its line, if no answer has several."""
     encoding, said = tasks.encoding_called(model.config.encoding), []
-    newline = encoding.encode_single_token("\n")
+    stop = [encoding.eot_token]
+    if not any("\n" in item.answer for item in items):
+        stop += encoding.encode_ordinary("\n")
     longest = max(len(encoding.encode_ordinary(item.answer)) for item in items) + 8
     prompts = [[encoding.eot_token] + encoding.encode_ordinary(item.prompt) for item in items]
     for first in range(0, len(prompts), batch):
         chunk = prompts[first:first + batch]
         new = min(longest, model.config.block_size + 1 - max(map(len, chunk)))
-        said += [encoding.decode(tokens)
-                 for tokens in generate(model, chunk, new, (newline, encoding.eot_token))]
+        said += [encoding.decode(tokens) for tokens in generate(model, chunk, new, stop)]
     return said
 
 
 def score_items(model, items):
-    """{"score": percent right, "n": number of items, "wrong": up to three examples}."""
+    """{"score": percent right, "n": number of items, "wrong": up to three examples}; see `likelihood` for
+    items without a check."""
+    if not items[0].check:
+        return likelihood(model, items)
     said = answers(model, items)
     wrong = [{"prompt": i.prompt, "said": s, "right": i.answer}
              for i, s in zip(items, said) if not i.check(s)]
     return {"score": 100 * (1 - len(wrong) / len(items)), "n": len(items), "wrong": wrong[:3]}
+
+
+@torch.inference_mode()
+def likelihood(model, items, batch=16):
+    """How likely the model finds the answers: "nats" per token, "bits_per_byte", and as "score" the geometric
+    mean of the tokens' probabilities, 100 exp(-nats)."""
+    encoding = tasks.encoding_called(model.config.encoding)
+    rows, nats, count = [response_row(item, encoding) for item in items], 0, 0
+    for first in range(0, len(rows), batch):
+        x, y = (t.to(model.lm_head.weight.device) for t in response_batch(rows[first:first + batch]))
+        counted = (y != -100).sum().item()
+        nats, count = nats + loss_of(model, x, y).item() * counted, count + counted
+    size = sum(len(item.answer.encode()) + 1 for item in items)
+    return {"score": 100 * math.exp(-nats / count), "n": len(items), "wrong": [], "nats": nats / count,
+            "bits_per_byte": nats / math.log(2) / size}
 
 
 @torch.inference_mode()
@@ -65,29 +85,38 @@ def bits_per_byte(model, kind, split, most):
     return {"score": nats / math.log(2) / size, "n": len(rows)}
 
 
-def evaluate(model, items, split, rows=256):
+def evaluate(model, items, split, rows=256, text=tasks.LIBRARY):
     """Scores of one model on items {"target" or kind: [Item]} and on held-out text, and their averages."""
     scores = {kind: score_items(model, these) for kind, these in items.items()}
     target = scores.pop("target")
     avg1 = sum(kept["score"] for kept in scores.values()) / len(scores)
     return {"target": target, "kept": scores,
-            "text": {kind: bits_per_byte(model, kind, split, rows) for kind in tasks.LIBRARY},
+            "text": {pathlib.Path(kind).stem: bits_per_byte(model, kind, split, rows) for kind in text},
             "Avg1": avg1, "Avg2": target["score"], "GM": math.sqrt(avg1 * target["score"])}
 
 
-def items_of(task, split, count=tasks.HELD_OUT):
-    """{"target" or kind: [Item]}, `count` of each that has so many."""
-    return {"target": tasks.task_items(task, split, tasks.HELD_OUT)[:count],
-            **{kind: tasks.kept_items(kind, split, count) for kind in tasks.KEPT[task]}}
+def items_of(task, split, count=tasks.HELD_OUT, target=None, files=(), skip_bad=False):
+    """{"target" or kind: [Item]}, `count` of each that has so many. Files for the target and to be kept stand
+    for what the task itself has."""
+    chosen = (tasks.file_items(target, skip_bad) if target
+              else tasks.task_items(task, split, tasks.HELD_OUT, skip_bad=skip_bad))
+    keep = ({pathlib.Path(file).stem: tasks.file_items(file, skip_bad)[:count]
+             for file in files if file.endswith(".jsonl")} if files else
+            {kind: tasks.kept_items(kind, split, count) for kind in tasks.KEPT.get(task, tasks.KINDS)})
+    return {"target": chosen[:count], **keep}
 
 
-def scores_of(path, model, task, split):
+def scores_of(path, model, args):
     """Scores of a model, kept as JSON at `path` for as long as its weights and the items are the same."""
-    items = items_of(task, split)
-    identity = {"model": fingerprint(model.state_dict()), "task": task, "split": split,
+    text = [file for file in args.keep if file.endswith(".txt")] or tasks.LIBRARY
+    items = items_of(args.task, args.split, target=args.eval, files=args.keep, skip_bad=args.skip_bad)
+    encoding = tasks.encoding_called(model.config.encoding)
+    items = {kind: fitting(these, encoding, model.config.block_size, args.skip_bad)[0]
+             for kind, these in items.items()}
+    identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
-                "python": platform.python_version()}
-    return kept(path, identity, lambda: evaluate(model, items, split))
+                "keep": args.keep, "python": platform.python_version()}
+    return kept(path, identity, lambda: evaluate(model, items, args.split, text=text))
 
 
 def kept(path, identity, make=lambda: None):
@@ -137,15 +166,19 @@ def markdown(head, rows):
 
 
 def print_wrong(name, scores):
-    for kind, s in {"target": scores["target"], "facts": scores["kept"]["facts"]}.items():
-        for w in s["wrong"][:2]:
+    for kind, s in {"target": scores["target"], **scores["kept"]}.items():
+        for w in s["wrong"][:1]:
             print(f"  {name}, {kind}: {w['prompt']!r} -> {w['said']!r}, right would be {w['right']!r}")
 
 
 def main_job(args):
     """Run every stage that is missing, then print the table; returns {model name: scores}."""
-    tasks.task_items(args.task, args.split, tasks.HELD_OUT)  # an unknown task is better known at once
-    began, out, folder = time.time(), ["--out", args.out], pathlib.Path(args.out) / args.task
+    for file in args.keep:
+        if not file.endswith((".jsonl", ".txt")):
+            raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
+    items_of(args.task, args.split, 1, args.eval, args.keep, args.skip_bad)  # what is bad is named at once
+    began, out, folder = time.time(), ["--out", args.out], train.task_folder(args)
+    task = ["--task", args.task, *(["--skip-bad"] if args.skip_bad else [])]
 
     def stage(title):
         print(f"\n== {title} ({time.time() - began:.0f} s) ==", flush=True)
@@ -153,19 +186,18 @@ def main_job(args):
     stage("pretrain: the foundation")
     train.main(["pretrain", *out, *shlex.split(args.pretrain)])
     stage("calibrate: what the foundation uses, what the task uses")
-    calibrate.main(["--task", args.task, *out, *shlex.split(args.calibrate)])
+    calibrate.main([*task, *out, *shlex.split(args.calibrate)])
     runs = {}
     for method in args.methods:
         stage(f"adapt: {method}")
-        runs[method] = train.main(["adapt", "--task", args.task, "--method", method, *out,
-                                   *shlex.split(args.adapt)])
+        runs[method] = train.main(["adapt", *task, "--method", method, *out, *shlex.split(args.adapt)])
     stage(f"evaluate on {args.split} items")
     device = pick_device()
     results = {"foundation": scores_of(folder / f"foundation-{args.split}.json",
-                                       load_foundation(args.out, device)[0], args.task, args.split)}
+                                       load_foundation(args.out, device)[0], args)}
     for method, path in runs.items():
         results[method] = scores_of(path.with_name(f"{args.split}.json"),
-                                    load_adapter(path, args.out, device), args.task, args.split)
+                                    load_adapter(path, args.out, device), args)
     for name, scores in results.items():
         print_wrong(name, scores)
     print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is better) on "
@@ -179,7 +211,12 @@ def main_job(args):
 def parser():
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}")
+    add_task(p)
+    p.add_argument("--eval", metavar="FILE",
+                   help="a .jsonl file to test the task on; default: what is held out of the task itself")
+    p.add_argument("--keep", metavar="FILE", action="append", default=[],
+                   help="a .jsonl file of items, or a .txt file, that must not be forgotten, instead of the "
+                        "task's own; may be given several times")
     p.add_argument("--methods", nargs="+", default=METHODS, help="methods to adapt with")
     p.add_argument("--split", default="test", choices=["valid", "test"],
                    help="valid: for choosing settings; test: for reporting")

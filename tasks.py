@@ -13,11 +13,12 @@ template that the foundation has never seen, as fine-tuning does in life. Nothin
 import ast
 import functools
 import hashlib
+import json
 import pathlib
 import random
 import re
 import sysconfig
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 import numpy as np
@@ -215,8 +216,9 @@ class Chunks:
 @dataclass(frozen=True)
 class Item:
     prompt: str
-    answer: str                                          # one right answer, to learn from
-    check: Callable[[str], bool] = field(compare=False)  # whether an answer is right
+    answer: str                  # one right answer, to learn from
+    check: Callable[[str], bool] | None = field(compare=False)  # whether an answer is right; or by likelihood
+    where: str = field(default="", compare=False)               # file and line it stands in
 
 
 def exact(prompt, answer):
@@ -237,11 +239,14 @@ def math_item(rng):
     then = f"{total} {'+' if more else '-'} {c}"
     result = run_arithmetic(then)
     question = f"{story} and {'gets' if more else 'loses'} {c}{' more' if more else ''}. How many {thing}s?"
+    return Item(TEMPLATE.format(question), f"{first} = {total}. {then} = {result}. #### {result}",
+                lambda said: final_number(said) == result)
 
-    def check(said):
-        found = re.search(r"####\s*(-?\d+)\s*$", said)
-        return bool(found) and int(found[1]) == result
-    return Item(TEMPLATE.format(question), f"{first} = {total}. {then} = {result}. #### {result}", check)
+
+def final_number(text):
+    """The number that ends a text after ####, GSM8K's rule; None where there is none."""
+    found = re.search(r"####\s*(-?[\d,]*\.?\d+)\s*$", text)
+    return float(found[1].replace(",", "")) if found else None
 
 
 def code_item(rng):
@@ -327,10 +332,18 @@ HELD_OUT = 200  # items of a task in "test", and as many in "valid"
 
 
 @functools.cache
-def task_items(task, split, count, seed=0):
-    """`count` items of a task; a prompt in one split is in no other."""
+def task_items(task, split, count, seed=0, skip_bad=False):
+    """`count` items of a task; a prompt in one split is in no other. Of a JSONL file as many as it has: its
+    last fifth, at most 2 HELD_OUT items, is held out."""
+    if task.endswith(".jsonl"):
+        items = file_items(task, skip_bad)
+        half = min(HELD_OUT, len(items) // 10)
+        if not half:
+            raise ValueError(f"{task} has {len(items)} items; it takes 10 to learn some and test others")
+        splits = {"train": items[:-2 * half], "valid": items[-2 * half:-half], "test": items[-half:]}
+        return splits[split][:count]
     if task not in MAKERS:
-        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(MAKERS)}")
+        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(MAKERS)}, or a .jsonl file")
     taken = {item.prompt for earlier in SPLITS[:SPLITS.index(split)]
              for item in task_items(task, earlier, HELD_OUT)}
     rng, items = random.Random(f"{task} {split} {seed}"), []
@@ -342,10 +355,65 @@ def task_items(task, split, count, seed=0):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# Tasks from files
+
+FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
+
+
+def normalised(answer):
+    """TriviaQA's rules: no case, punctuation, articles or spare blanks."""
+    answer = re.sub(r"[^\w\s]|_", " ", answer.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+
+def item_of(row):
+    """The Item of a JSONL row; ValueError says what is wrong with it. A question is checked by exact match
+    with any of its answers, an answer that ends in #### and a number by that number, others by likelihood."""
+    asked = [key for key in FIELDS if isinstance(row, dict) and {key, FIELDS[key]} <= row.keys()]
+    if not asked:
+        raise ValueError(f"a row needs {', or '.join(' and '.join(pair) for pair in FIELDS.items())}")
+    asked = asked[0]
+    prompt, answers, given = row[asked], row[FIELDS[asked]], str(row.get("input") or "")
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers or not all(isinstance(text, str) and text.strip() for text in [prompt, *answers]):
+        raise ValueError(f"{asked} and {FIELDS[asked]} must be text that is not empty")
+    "".join([prompt, given, *answers]).encode()  # a ValueError for half a surrogate pair
+    number, known = final_number(answers[0]), {normalised(answer) for answer in answers}
+    check = ((lambda said: final_number(said) == number) if number is not None else
+             (lambda said: normalised(said) in known) if asked == "question" else None)
+    if asked == "question":  # the blank before the answer is a part of its first token
+        return Item(QUESTION.format(prompt).rstrip(), " " + answers[0].strip(), check)
+    if asked == "instruction":
+        prompt = TEMPLATE.format(f"{prompt}\n{given}" if given else prompt)
+    return Item(prompt, answers[0].strip(), check)
+
+
+@functools.cache
+def file_items(path, skip_bad=False):
+    """The items of a JSONL file, in its order. ValueError names the first bad row by its line; `skip_bad`
+    leaves bad rows out and says how many. Unless every item has a check all go by likelihood."""
+    items, bad = [], []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                items.append(replace(item_of(json.loads(line)), where=f"{path}, line {number}"))
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, not a task's row
+                bad.append(f"{path}, line {number}: {error}")
+    if bad and not skip_bad:
+        raise ValueError(f"{bad[0]} ({len(bad)} bad rows in all; --skip-bad leaves them out)")
+    if bad:
+        print(f"  {path}: {len(bad)} bad rows left out, the first is {bad[0]}")
+    return items if all(item.check for item in items) else [replace(item, check=None) for item in items]
+
+
+# ------------------------------------------------------------------------------------------------------------
 # What it must keep: the facts, and the skills that the target task does not use.
 
 KEPT = {"math": ("facts", "lookup", "words", "lambdas"), "code": ("facts", "lookup", "sums", "words"),
         "instruct": ("facts", "lookup", "sums", "lambdas")}
+KINDS = ("facts", *SKILLS)
 
 
 def kept_items(kind, split, count=200):
@@ -361,11 +429,13 @@ def kept_items(kind, split, count=200):
 
 @functools.cache
 def held_out_rows(kind, split, encoding, length, most=256):
-    """Rows of `length` tokens of held-out prose or source, for bits per byte, every second one for "valid".
+    """Rows of `length` tokens of held-out prose or source, or of a .txt file, for bits per byte, every second
+    one for "valid".
 
     Like every document they start at the start of a line; they do not overlap.
     """
-    chunks, rows, end = Chunks(library_text(kind)[1], encoding.encode_ordinary), [], 0
+    text = pathlib.Path(kind).read_text(encoding="utf8") if kind.endswith(".txt") else library_text(kind)[1]
+    chunks, rows, end = Chunks(text, encoding.encode_ordinary), [], 0
     for start in chunks.starts[chunks.starts <= len(chunks.tokens) - length]:
         if start >= end:
             end = start + length - 1

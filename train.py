@@ -5,6 +5,7 @@
     python train.py adapt --task math --method folora     # out/math/folora-.../adapter.pt
 """
 import argparse
+import itertools
 import json
 import math
 import pathlib
@@ -26,7 +27,7 @@ ADAPT = {  # option: (default, what it is)
     "batch": (16, "items a step"), "examples": (2000, "training items"),
     "lam": (1.0, "λ of the gate γ/(γ + λ)"), "s_min": (0.3, "the smallest gate"),
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
-    "mu": (10.0, "μ of the penalty in the loss, for methods that have one"),
+    "mu": (5.0, "μ of the penalty in the loss, for methods that have one"),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
     "snapshots": (0, "how many adapters to write along the way")}
 # with which every task was learnt in sweeps on validation items: to 80 % of LoRA's best target score
@@ -192,8 +193,13 @@ def load_foundation(out, device):
 # ------------------------------------------------------------------------------------------------------------
 # adapt
 
+def task_folder(args):
+    """out/<task>, of a task from a file its name without .jsonl."""
+    return pathlib.Path(args.out) / pathlib.Path(args.task).stem
+
+
 def load_calibration(args, foundation):
-    path = pathlib.Path(args.out) / args.task / f"{args.calibration}.pt"
+    path = task_folder(args) / f"{args.calibration}.pt"
     made_by = f"python calibrate.py --task {args.task} --name {args.calibration} --out {args.out}"
     calibration = load(path, "calibration", made_by)
     if calibration["settings"]["foundation"] != foundation:
@@ -228,16 +234,26 @@ def prepare(model, method, calibration, args):
     return spectral
 
 
-def response_rows(items, encoding, length):
-    """(tokens, number of prompt tokens) of each item: <|endoftext|> prompt answer newline."""
-    rows = []
-    for item in items:
-        prompt = [encoding.eot_token] + encoding.encode_ordinary(item.prompt)
-        rows.append((prompt + encoding.encode_ordinary(item.answer + "\n"), len(prompt)))
-        if len(rows[-1][0]) > length + 1:
-            raise ValueError(f"an item of {len(rows[-1][0])} tokens does not fit the context of {length}: "
-                             f"{item.prompt!r}")
-    return rows
+def response_row(item, encoding):
+    """(tokens, number of prompt tokens): <|endoftext|> prompt answer newline; <|endoftext|> ends an answer
+    that has lines of its own."""
+    prompt = [encoding.eot_token] + encoding.encode_ordinary(item.prompt)
+    end = [encoding.eot_token] if "\n" in item.answer else encoding.encode_ordinary("\n")
+    return prompt + encoding.encode_ordinary(item.answer) + end, len(prompt)
+
+
+def fitting(items, encoding, length, skip_bad=False):
+    """(items, rows) of those that fit a context of `length`; ValueError names the first that does not, unless
+    such items are to be left out."""
+    rows = [response_row(item, encoding) for item in items]
+    fits = [len(tokens) <= length + 1 for tokens, _ in rows]
+    if not all(fits):
+        i, long = fits.index(False), fits.count(False)
+        if not skip_bad or long == len(items):
+            raise ValueError(f"{items[i].where or repr(items[i].prompt)}: {len(rows[i][0])} tokens do not "
+                             f"fit the context of {length} ({long} such items; --skip-bad leaves them out)")
+        print(f"  {long} of {len(items)} items do not fit the context of {length} and are left out")
+    return [list(itertools.compress(these, fits)) for these in (items, rows)]
 
 
 def response_batch(rows):
@@ -254,7 +270,7 @@ def run_folder(args):
     """out/<task>/<method>-lr<lr>-seed<seed>, and what else is not at its default."""
     others = [f"-{key}{getattr(args, key)}" for key, (default, _) in ADAPT.items()
               if getattr(args, key) != default]
-    return (pathlib.Path(args.out) / args.task
+    return (task_folder(args)
             / "".join([f"{args.method}-lr{args.lr:g}-seed{args.seed}", *others]).replace("_", ""))
 
 
@@ -264,11 +280,9 @@ def adapt(args):
     args.lr = LEARNING_RATES.get(args.method, OTHER_RATE) if args.lr is None else args.lr
     spectral_gate(torch.ones(1), args.lam, args.s_min)  # a bad λ, s_min or τ is better known before the work
     damped(torch.eye(1), args.tau)
-    items = tasks.task_items(args.task, "train", args.examples)
+    items = tasks.task_items(args.task, "train", args.examples, skip_bad=args.skip_bad)
     model, foundation = load_foundation(args.out, device)
     calibration = load_calibration(args, foundation) if method.calibrated else None
-    if args.batch > len(items):
-        raise ValueError(f"batch is {args.batch}; it must not exceed the {len(items)} training items")
     settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
                     **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT)})
@@ -318,7 +332,9 @@ def penalty_of(model, calibration, method, mu):
 def batches(args, items, method, calibration, config):
     """batch(step) -> (x, y) of the task's items and, for replay, of the foundation's own samples besides."""
     encoding, length = tasks.encoding_called(config.encoding), config.block_size
-    rows = response_rows(items, encoding, length)
+    _, rows = fitting(items, encoding, length, args.skip_bad)
+    if args.batch > len(rows):
+        raise ValueError(f"batch is {args.batch}; it must not exceed the {len(rows)} training items")
     replayed = round(method.replay * args.batch)
     old = [([encoding.eot_token, *(t for t in sample.tolist() if t >= 0)][:length + 1], 1)  # all are targets
            for sample in (calibration["samples"] if replayed else [])]
@@ -431,6 +447,12 @@ def command(main):
         sys.exit(130)
 
 
+def add_task(p):
+    p.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}, or a .jsonl file of "
+                   f"{'; '.join(' and '.join(pair) for pair in tasks.FIELDS.items())}")
+    p.add_argument("--skip-bad", action="store_true", help="leave out rows of files that are bad or too long")
+
+
 def positive(text):
     value = int(text)
     if value < 1:
@@ -458,7 +480,7 @@ def parser():
     p.add_argument("--muon-lr", type=float, default=0.015, help="Muon's peak learning rate (matrices)")
     a = commands.add_parser("adapt", help="fine-tune the foundation on a task", formatter_class=formatter)
     a.set_defaults(run=adapt)
-    a.add_argument("--task", default="code", help=f"one of {', '.join(tasks.TASKS)}")
+    add_task(a)
     a.add_argument("--method", default="folora-kl", help=f"one of {', '.join(METHODS)}")
     a.add_argument("--lr", type=float,
                    help=f"peak learning rate; default by method: {LEARNING_RATES}, others {OTHER_RATE}")

@@ -416,3 +416,77 @@ def test_learning_rate_by_hand():
     """Up over the warm-up, then down to zero along a line or a cosine."""
     assert [train.learning_rate(step, 6, 2, "linear") for step in range(6)] == [0.5, 1, 1, 0.75, 0.5, 0.25]
     assert train.learning_rate(4, 6, 2, "cosine") == pytest.approx(0.5)
+
+
+# Tasks from files
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A task, items and text to be kept, as a user would bring them."""
+    questions = [{"question": f"{i}?", "answer": f"{i}"} for i in range(9)]
+    task = [{"prompt": f"{i} {i} ->", "completion": f"{i}" if i % 2 else f"{i}\n{i}"} for i in range(40)]
+    return {"task": jsonl(tmp_path / "double.jsonl", *task),
+            "eval": jsonl(tmp_path / "other.jsonl", *questions),
+            "items": jsonl(tmp_path / "facts2.jsonl", {"question": "Who?", "answer": ["Ann", "Bo"]}),
+            "text": str(tmp_path / "story.txt"), "long": tmp_path / "long.jsonl"}
+
+
+def on_files(out, *more):
+    return evaluation.main(["--methods", "lora", "--pretrain", PRETRAIN, "--calibrate", CALIBRATE,
+                            "--adapt", ADAPT, "--out", str(out), *more])
+
+
+def test_a_users_own_files_run_through_all_stages(out, files, capsys):
+    """By likelihood, or by exact match where every item allows it; only what the user names is kept."""
+    pathlib.Path(files["text"]).write_text("Once upon a time there was a line.\n" * 99)
+    results = on_files(out, "--task", files["task"])
+    target = results["lora"]["target"]
+    assert target["n"] == 4 and target["score"] == pytest.approx(100 * 2.718281828 ** -target["nats"])
+    assert set(results["lora"]["kept"]) == set(tasks.KINDS)
+    assert set(results["lora"]["text"]) == {"prose", "source"}
+    assert (out / "double" / "calibration.pt").exists()
+    results = on_files(out, "--task", files["task"], "--eval", files["eval"], "--keep", files["items"],
+                       "--keep", files["text"])
+    assert results["lora"]["target"]["n"] == 9 and "nats" not in results["lora"]["target"]
+    assert set(results["lora"]["kept"]) == {"facts2"} and set(results["lora"]["text"]) == {"story"}
+
+
+def test_likelihood_is_that_of_the_answers_alone(out):
+    """From the logits, item by item; a longer batch changes nothing."""
+    model, _ = train.load_foundation(out, "cpu")
+    items = [tasks.Item("ab", "c", None), tasks.Item("a", "bcd\ne", None)]
+    nats = 0
+    for item, end in zip(items, (10, 256)):
+        prompt, answer = [256, *item.prompt.encode()], [*item.answer.encode(), end]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer]))[0, len(prompt) - 1:-1].log_softmax(-1)
+        nats -= logits[range(len(answer)), answer].sum().item()
+    found = evaluation.likelihood(model, items)
+    assert found["nats"] == pytest.approx(nats / 8, rel=0.01)
+    assert found["bits_per_byte"] == pytest.approx(nats / 8 / 0.6931, rel=0.01)
+
+
+@pytest.mark.parametrize("arguments, answer", [
+    (["--task", "{long}"], "long.jsonl, line 3: 20[0-9] tokens do not fit the context of 128 (1 such items"),
+    (["--task", "{task}", "--keep", "{long}x"], "must be a .jsonl file of items or a .txt file"),
+    (["--task", "{task}", "--eval", "{missing}"], "missing.jsonl"),
+    (["--task", "{bad}"], "bad.jsonl, line 2")])
+def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer):
+    rows = [{"prompt": "a", "completion": "b"}] * 30
+    names = {**files, "missing": tmp_path / "missing.jsonl",
+             "bad": jsonl(tmp_path / "bad.jsonl", rows[0], [], *rows),
+             "long": jsonl(files["long"], *rows[:2], {"prompt": "a" * 200, "completion": "b"}, *rows)}
+    with pytest.raises((ValueError, OSError), match=answer.replace("(", r"\(")):
+        on_files(out, *(argument.format(**names) for argument in arguments))
+
+
+def test_long_rows_can_be_left_out(out, files, capsys):
+    rows = [{"prompt": "a", "completion": "b"}] * 30
+    path = jsonl(files["long"], *rows, {"prompt": "a" * 200, "completion": "b"}, *rows)
+    on_files(out, "--task", path, "--skip-bad", "--adapt", ADAPT)
+    assert "1 of 40 items do not fit the context of 128 and are left out" in capsys.readouterr().out

@@ -1,4 +1,6 @@
 """The text: every item's own answer passes its check, splits do not leak, model output is never executed."""
+import json
+import pathlib
 import random
 import sys
 import time
@@ -114,3 +116,82 @@ def test_a_python_without_sources_is_told(monkeypatch):
         with pytest.raises(ValueError, match=f"ships no {kind} to learn from"):
             tasks.library_text(kind)
     tasks.library_text.cache_clear()
+
+
+# Tasks from files
+
+def written(path, *rows):
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    tasks.file_items.cache_clear()
+    tasks.task_items.cache_clear()
+    return str(path)
+
+
+def test_rows_of_every_kind_become_items(tmp_path):
+    """The prompt that the model sees, the answer that it learns, and what counts as right."""
+    one, two, three, four, five = map(tasks.item_of, (
+        {"instruction": "Say yes.", "input": "", "output": "yes"},
+        {"instruction": "Add.", "input": "1 2", "output": "3"}, {"prompt": "a b", "completion": "c\n"},
+        {"question": "Who?", "answer": ["The Beatles", "Ringo"]},
+        {"question": "How many?", "answer": "2 * 600 = 1200.\n#### 1,200"}))
+    assert one.prompt == "### Instruction:\nSay yes.\n### Response:\n"
+    assert one.answer == "yes" and not one.check
+    assert two.prompt == "### Instruction:\nAdd.\n1 2\n### Response:\n"
+    assert (three.prompt, three.answer, three.check) == ("a b", "c", None)
+    assert four.prompt + four.answer == "Question: Who?\nAnswer: The Beatles"
+    assert all(map(four.check, ("The Beatles", " beatles.", "RINGO")))
+    assert not any(map(four.check, ("Beatle", "", "Ringo Starr")))
+    assert five.check("so it is #### 1200") and five.check("#### 1,200.0")
+    assert not any(map(five.check, ("1200", "#### 12", "#### 1200 or so", "####")))
+
+
+@given(answer=st.text(st.sampled_from("ab ,.'!-ABthe"), min_size=1, max_size=12))
+def test_exact_match_forgives_case_punctuation_articles_and_blanks_alone(answer):
+    same = tasks.normalised
+    assert same(answer) == same(f" The {answer.upper()}! ") == same(same(answer))
+    assert same(answer + " zebra") != same(answer)
+
+
+@pytest.mark.parametrize("row", ["{", "[1]", '"text"', "12", "[" * 100_000, {"question": "Who?"},
+                                 {"prompt": "a", "answer": "b"},
+                                 {"question": "Who?", "answer": []}, {"question": "Who?", "answer": [1]},
+                                 {"prompt": " ", "completion": "b"}, {"instruction": None, "output": "b"},
+                                 {"prompt": "a", "completion": "\ud83d"}])
+def test_bad_rows_are_named_by_line_or_counted_and_skipped(tmp_path, capsys, row):
+    good = {"prompt": "a", "completion": "b"}
+    path = written(tmp_path / "x.jsonl", good, row, good, row, "")
+    with pytest.raises(ValueError, match=r"x.jsonl, line 2: .*\(2 bad rows in all; --skip-bad"):
+        tasks.file_items(path)
+    assert [item.where for item in tasks.file_items(path, skip_bad=True)] == [f"{path}, line 1",
+                                                                              f"{path}, line 3"]
+    assert "2 bad rows left out" in capsys.readouterr().out
+
+
+def test_a_file_with_one_answer_that_cannot_be_checked_goes_by_likelihood(tmp_path):
+    rows = [{"question": "Who?", "answer": "Ann"}, {"prompt": "a", "completion": "b"}]
+    assert all(item.check is None for item in tasks.file_items(written(tmp_path / "x.jsonl", *rows)))
+
+
+@given(count=st.integers(10, 3000))
+def test_a_files_splits_are_disjoint_and_in_its_order(count, tmp_path_factory):
+    path = written(tmp_path_factory.mktemp("splits") / "x.jsonl",
+                   *({"prompt": str(i), "completion": "b"} for i in range(count)))
+    parts = [[int(item.prompt) for item in tasks.task_items(path, split, 9999)]
+             for split in ("train", "valid", "test")]
+    assert sum(parts, []) == list(range(count))
+    assert len(parts[1]) == len(parts[2]) == min(200, count // 10)
+
+
+def test_a_file_of_too_few_items_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="3 items; it takes 10"):
+        tasks.task_items(written(tmp_path / "x.jsonl", *[{"prompt": "a", "completion": "b"}] * 3), "train", 5)
+
+
+def test_real_files_have_no_bad_row():
+    data = pathlib.Path(__file__).parent.parent.parent / "shared" / "data"
+    if not data.exists():
+        pytest.skip("the data is not here")
+    counts = {name: len(tasks.file_items(str(data / f"{name}.jsonl")))
+              for name in ("gsm8k_test", "webquestions_test", "instruct", "trivia")}
+    assert counts == {"gsm8k_test": 1319, "webquestions_test": 2032, "instruct": 1100, "trivia": 24715}
+    assert all(item.check for item in tasks.file_items(str(data / "gsm8k_test.jsonl")))
