@@ -78,6 +78,8 @@ def bits_per_byte(model, kind, split, most):
     """Mean cross-entropy on `most` held-out rows, in bits per byte."""
     encoding = tasks.encoding_called(model.config.encoding)
     rows = tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1)[:most]
+    if not rows:
+        raise ValueError(f"{kind} is too short for a row of {model.config.block_size} tokens")
     nats, size = 0, sum(len(encoding.decode_bytes(row[1:])) for row in rows)
     at_once = max(1, 2 ** 26 // (model.config.block_size * model.config.vocab_size))  # so many rows' logits
     for chunk in torch.tensor(rows, device=model.lm_head.weight.device).split(at_once):
@@ -89,7 +91,7 @@ def evaluate(model, items, split, rows=256, text=tasks.LIBRARY):
     """Scores of one model on items {"target" or kind: [Item]} and on held-out text, and their averages."""
     scores = {kind: score_items(model, these) for kind, these in items.items()}
     target = scores.pop("target")
-    avg1 = sum(kept["score"] for kept in scores.values()) / len(scores)
+    avg1 = sum(kept["score"] for kept in scores.values()) / len(scores) if scores else math.nan  # text alone
     return {"target": target, "kept": scores,
             "text": {pathlib.Path(kind).stem: bits_per_byte(model, kind, split, rows) for kind in text},
             "Avg1": avg1, "Avg2": target["score"], "GM": math.sqrt(avg1 * target["score"])}
@@ -100,6 +102,9 @@ def items_of(task, split, count=tasks.HELD_OUT, target=None, files=(), skip_bad=
     for what the task itself has."""
     chosen = (tasks.file_items(target, skip_bad) if target
               else tasks.task_items(task, split, tasks.HELD_OUT, skip_bad=skip_bad))
+    names = ["target", *(pathlib.Path(file).stem for file in files)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"keep names files {', '.join(names[1:])}; each needs a name of its own, not target")
     keep = ({pathlib.Path(file).stem: tasks.file_items(file, skip_bad)[:count]
              for file in files if file.endswith(".jsonl")} if files else
             {kind: tasks.kept_items(kind, split, count) for kind in tasks.KEPT.get(task, tasks.KINDS)})
@@ -115,7 +120,8 @@ def scores_of(path, model, args):
              for kind, these in items.items()}
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
-                "keep": args.keep, "python": platform.python_version()}
+                "keep": tasks.fingerprint(pathlib.Path(file).read_text("utf8", "replace") for file in args.keep),
+                "python": platform.python_version()}
     return kept(path, identity, lambda: evaluate(model, items, args.split, text=text))
 
 

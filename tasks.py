@@ -434,7 +434,7 @@ def held_out_rows(kind, split, encoding, length, most=256):
 
     Like every document they start at the start of a line; they do not overlap.
     """
-    text = pathlib.Path(kind).read_text(encoding="utf8") if kind.endswith(".txt") else library_text(kind)[1]
+    text = pathlib.Path(kind).read_text("utf8", "replace") if kind.endswith(".txt") else library_text(kind)[1]
     chunks, rows, end = Chunks(text, encoding.encode_ordinary), [], 0
     for start in chunks.starts[chunks.starts <= len(chunks.tokens) - length]:
         if start >= end:

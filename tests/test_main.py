@@ -454,6 +454,8 @@ def test_a_users_own_files_run_through_all_stages(out, files, capsys):
                        "--keep", files["text"])
     assert results["lora"]["target"]["n"] == 9 and "nats" not in results["lora"]["target"]
     assert set(results["lora"]["kept"]) == {"facts2"} and set(results["lora"]["text"]) == {"story"}
+    results = on_files(out, "--task", files["task"], "--keep", files["text"])
+    assert results["lora"]["kept"] == {} and 0 < results["lora"]["text"]["story"]["score"] < 12
 
 
 def test_likelihood_is_that_of_the_answers_alone(out):
@@ -475,12 +477,15 @@ def test_likelihood_is_that_of_the_answers_alone(out):
     (["--task", "{long}"], "long.jsonl, line 3: 20[0-9] tokens do not fit the context of 128 (1 such items"),
     (["--task", "{task}", "--keep", "{long}x"], "must be a .jsonl file of items or a .txt file"),
     (["--task", "{task}", "--eval", "{missing}"], "missing.jsonl"),
+    (["--task", "{task}", "--keep", "{items}", "--keep", "{items}"], "each needs a name of its own"),
+    (["--task", "{task}", "--keep", "{short}"], "short.txt is too short for a row of 128 tokens"),
     (["--task", "{bad}"], "bad.jsonl, line 2")])
 def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer):
     rows = [{"prompt": "a", "completion": "b"}] * 30
     names = {**files, "missing": tmp_path / "missing.jsonl",
-             "bad": jsonl(tmp_path / "bad.jsonl", rows[0], [], *rows),
+             "short": tmp_path / "short.txt", "bad": jsonl(tmp_path / "bad.jsonl", rows[0], [], *rows),
              "long": jsonl(files["long"], *rows[:2], {"prompt": "a" * 200, "completion": "b"}, *rows)}
+    names["short"].write_text("short\n")
     with pytest.raises((ValueError, OSError), match=answer.replace("(", r"\(")):
         on_files(out, *(argument.format(**names) for argument in arguments))
 
