@@ -118,10 +118,10 @@ def scores_of(path, model, args):
     encoding = tasks.encoding_called(model.config.encoding)
     items = {kind: fitting(these, encoding, model.config.block_size, args.skip_bad)[0]
              for kind, these in items.items()}
+    files = [pathlib.Path(file).read_text("utf8", "replace") for file in args.keep]
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
-                "keep": tasks.fingerprint(pathlib.Path(file).read_text("utf8", "replace") for file in args.keep),
-                "python": platform.python_version()}
+                "keep": tasks.fingerprint(files), "python": platform.python_version()}
     return kept(path, identity, lambda: evaluate(model, items, args.split, text=text))
 
 
