@@ -87,6 +87,7 @@ METHODS |= {
 # around the one where seed 0 reached the level: the target score at which retention is compared.
 
 LEVEL = 0.8                              # of the best target score at LoRA's first rates
+MARGIN = 10                              # percent: validation and test items, 100 of each, differ by as much
 SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
 COMPARED = ("folora-kl", "lora-kl", "folora", "folora-top", "replay", "full", "lora", "lora-null", "corda",
             "sc-lora", "milora", "pissa", "oplora", "lora-null-v2")
@@ -268,7 +269,8 @@ def best_rate(found):
 
 def seed_runs(study, task, method, seed, other=()):
     """A reported seed: from the rate at which seed 0 reached the level (its best one, if none did) up until
-    this seed's validation target reaches it too, and down until it no longer does."""
+    this seed's validation target clears it, so that its test target reaches it, and down until it no longer
+    does."""
     k, more = settled_rate(study, task, swept_as(method))
     if k is None:
         return more, {}
@@ -277,8 +279,8 @@ def seed_runs(study, task, method, seed, other=()):
 
     def extend(found):
         top, bottom = max(found), min(found)
-        if learnt(found[top]) < level:
-            return {top + 1} if top < k + 3 else set()
+        if max(learnt(f) for f in found.values()) < level + MARGIN and top < k + 3:
+            return {top + 1}
         return {bottom - 1} if learnt(found[bottom]) >= level and bottom > k - 4 else set()
 
     return curve(study, task, method, seed, other, {k}, extend)

@@ -82,9 +82,9 @@ def test_reported_seed_brackets_the_level_by_its_own_validation_target(study, sh
     scores = [study.target(("code", "lora", k, seed, ())) for k in sorted(found)]
     level, (k, _) = study.level("code"), bench.settled_rate(study, "code", "lora")
     assert k in found and sorted(found) == list(range(min(found), max(found) + 1))
-    assert scores[-1] >= level or max(found) == k + 3
+    assert max(scores) >= level + bench.MARGIN or max(found) == k + 3
     assert scores[0] < level or min(found) == k - 4
-    assert all(score < level for score in scores[:-1]) or min(found) < k
+    assert all(score < level + bench.MARGIN for score in scores[:-1]) or max(found) == k
 
 
 def test_nothing_is_asked_of_other_methods_beyond_their_first_rates_before_lora_sets_the_level():
