@@ -24,7 +24,7 @@ import torch
 import calibrate
 import tasks
 import train
-from eval import evaluate, items_of, kept, markdown, score_items
+from eval import evaluate, items_of, kept, markdown
 from folora import (METHODS, Method, fisher, forgetting_penalty, generalized_eigh, kaiming, leading,
                     null_space, sadam, solve_layer, spectral_gate)
 from model import block_linears, load, pick_device, write_whole
@@ -87,7 +87,6 @@ METHODS |= {
 # around the one where seed 0 reached the level: the target score at which retention is compared.
 
 LEVEL = 0.8                              # of the best target score at LoRA's first rates
-MARGIN = 10                              # percent: validation and test items, 100 of each, differ by as much
 SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
 COMPARED = ("folora-kl", "lora-kl", "folora", "folora-top", "replay", "full", "lora", "lora-null", "corda",
             "sc-lora", "milora", "pissa", "oplora", "lora-null-v2")
@@ -172,11 +171,9 @@ class Study:
                 except ValueError as error:  # a rate so large that the loss is not finite
                     return {"failed": str(error)}
             model, result = scores(path)
-            learnt = result["target"] if not args.seed else score_items(
-                model, items_of(args.task, "valid", ITEMS)["target"])
             steps = range(0, args.steps + 1, args.steps // args.snapshots)[1:] if args.snapshots else []
             along = [(step, scores(folder / f"step{step}.pt")[1]) for step in steps]
-            return {split: result, "learnt": learnt["score"], **self.moved(model),
+            return {split: result, **self.moved(model),
                     "cost": load(path, "adapter", "")["cost"],
                     "curve": [(step, s["Avg2"], s["Avg1"]) for step, s in along]}
 
@@ -208,8 +205,8 @@ class Study:
 # Which runs? Each of these returns (missing runs, {rate index: result} of the finished ones).
 
 def learnt(result):
-    """Target score on validation items."""
-    return result.get("learnt", 0)
+    """Target score on the run's own items: on validation items with seed 0, on test items with others."""
+    return result.get("test", result.get("valid", {"Avg2": 0}))["Avg2"]
 
 
 def first_rates(method):
@@ -269,8 +266,7 @@ def best_rate(found):
 
 def seed_runs(study, task, method, seed, other=()):
     """A reported seed: from the rate at which seed 0 reached the level (its best one, if none did) up until
-    this seed's validation target clears it, so that its test target reaches it, and down until it no longer
-    does."""
+    this seed's target score reaches it too, and down until it no longer does."""
     k, more = settled_rate(study, task, swept_as(method))
     if k is None:
         return more, {}
@@ -279,8 +275,8 @@ def seed_runs(study, task, method, seed, other=()):
 
     def extend(found):
         top, bottom = max(found), min(found)
-        if max(learnt(f) for f in found.values()) < level + MARGIN and top < k + 3:
-            return {top + 1}
+        if max(map(learnt, found.values())) < level:
+            return {top + 1} if top < k + 3 else set()
         return {bottom - 1} if learnt(found[bottom]) >= level and bottom > k - 4 else set()
 
     return curve(study, task, method, seed, other, {k}, extend)

@@ -28,7 +28,7 @@ class Imagined:
         assert run not in self.finished, "a run was asked for twice"
         scores = {"Avg2": self.target(run), "Avg1": self.retention(run)}
         scores["GM"] = (scores["Avg1"] * scores["Avg2"]) ** 0.5
-        self.finished[run] = {"test" if run[3] else "valid": scores, "learnt": scores["Avg2"]}
+        self.finished[run] = {"test" if run[3] else "valid": scores}
 
     def start(self, task, split):
         return {"Avg2": 0, "Avg1": 100}
@@ -73,7 +73,7 @@ def test_sweep_has_four_rates_and_neighbours_around_the_level(study):
 
 
 @given(curves, st.integers(-2, 2), st.integers(1, 5))
-def test_reported_seed_brackets_the_level_by_its_own_validation_target(study, shift, seed):
+def test_reported_seed_brackets_the_level_by_its_own_target(study, shift, seed):
     """Another seed learns at other rates: up to three steps away the level lies between two of its own."""
     target = study.target
     study.target = lambda run: target((*run[:2], run[2] - shift * (run[3] > 0), *run[3:]))
@@ -82,9 +82,8 @@ def test_reported_seed_brackets_the_level_by_its_own_validation_target(study, sh
     scores = [study.target(("code", "lora", k, seed, ())) for k in sorted(found)]
     level, (k, _) = study.level("code"), bench.settled_rate(study, "code", "lora")
     assert k in found and sorted(found) == list(range(min(found), max(found) + 1))
-    assert max(scores) >= level + bench.MARGIN or max(found) == k + 3
+    assert max(scores) >= level or max(found) == k + 3
     assert scores[0] < level or min(found) == k - 4
-    assert all(score < level + bench.MARGIN for score in scores[:-1]) or max(found) == k
 
 
 def test_nothing_is_asked_of_other_methods_beyond_their_first_rates_before_lora_sets_the_level():
