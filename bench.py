@@ -645,8 +645,9 @@ def report(args, chosen):
 
 
 # Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, and a marker for each method besides.
-LOOKS = {"folora-kl": ("#D55E00", "P"), "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"),
-         "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"), "lora": ("#000000", "X")}
+LOOKS = {"folora-kl": ("#D55E00", "P"), "lora-kl": ("#56B4E9", "v"), "folora-top": ("#009E73", "s"),
+         "folora": ("#0072B2", "o"), "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"),
+         "lora": ("#000000", "X")}
 OTHERS = ("#AAAAAA", ".")
 
 
@@ -734,7 +735,7 @@ def picture_skills(study, plt):
         for i, (name, (colour, runs)) in enumerate(bars.items()):
             values = [average(s["Avg2"] if kind == "target" else s["kept"][kind]["score"] for s in runs)
                       for kind in ("target", *start["kept"]) if runs]
-            ax.bar([x + (i - 3) * 0.12 for x in range(len(values))], values, 0.11, color=colour, label=name)
+            ax.bar([x + (i - 3.5) * 0.11 for x in range(len(values))], values, 0.1, color=colour, label=name)
         ax.set_xticks(range(1 + len(start["kept"])), ["target", *start["kept"]], rotation=30)
     return panels(plt, study.tasks, "% right", draw)
 
