@@ -271,7 +271,7 @@ def seed_runs(study, task, method, seed, other=()):
     if k is None:
         return more, {}
     level = study.level(task)
-    k += FIRST_RATE.get(method, 4) - FIRST_RATE.get(swept_as(method), 4)
+    k += first_rates(method)[0] - first_rates(swept_as(method))[0]
 
     def extend(found):
         top, bottom = max(found), min(found)
@@ -311,7 +311,7 @@ def seeds(study, task, method, other=()):
 
 def snapshot_runs(study, task):
     """LoRA and FoLoRA once more, evaluated along the way."""
-    rates = {method: settled(study, task, method)[0] for method in ("lora", "folora", "folora-kl")}
+    rates = {method: settled_rate(study, task, method)[0] for method in ("lora", "folora", "folora-kl")}
     return [(task, method, k, 1, ("--snapshots", "10")) for method, k in rates.items() if k is not None]
 
 
@@ -577,7 +577,7 @@ def swept(study):
 
 def size_control(study, task):
     """{method: scores}: each method's ΔW at its settled rate, seed 1, rescaled to the ‖ΔW‖_F of FoLoRA's."""
-    runs = {method: (task, method, settled(study, task, method)[0], 1, ()) for method in COMPARED}
+    runs = {method: (task, method, settled_rate(study, task, method)[0], 1, ()) for method in COMPARED}
     runs = {method: run for method, run in runs.items()
             if run[2] is not None and "size" in (study.result(run) or {})}
     if "folora" not in runs:

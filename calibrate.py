@@ -22,7 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
 from model import block_linears, generate, load, pick_device, save
-from train import add_task, command, load_foundation, positive, response_batch, reusable, task_folder
+from train import (add_options, add_task, command, load_foundation, positive, response_batch, reusable,
+                   task_folder)
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -273,8 +274,7 @@ def parser():
     p.add_argument("--name", default="calibration", help="the file is out/<task>/<name>.pt")
     p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")
     p.add_argument("--max-new", type=positive, help="tokens a sample at most; default: the model's context")
-    for key, (default, said) in FILTERS.items():
-        p.add_argument(f"--{key.replace('_', '-')}", type=type(default), default=default, help=said)
+    add_options(p, FILTERS)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", default="out", help="folder for all results")
     return p

@@ -111,13 +111,17 @@ def items_of(task, split, count=tasks.HELD_OUT, target=None, files=(), skip_bad=
     return {"target": chosen[:count], **keep}
 
 
-def scores_of(path, model, args):
+def fitting_items(args, config):
+    """What the command line asks for, as `items_of` gives it, of that what fits the model's context."""
+    items = items_of(args.task, args.split, target=args.eval, files=args.keep, skip_bad=args.skip_bad)
+    encoding = tasks.encoding_called(config.encoding)
+    return {kind: fitting(these, encoding, config.block_size, args.skip_bad)[0]
+            for kind, these in items.items()}
+
+
+def scores_of(path, model, items, args):
     """Scores of a model, kept as JSON at `path` for as long as its weights and the items are the same."""
     text = [file for file in args.keep if file.endswith(".txt")] or tasks.LIBRARY
-    items = items_of(args.task, args.split, target=args.eval, files=args.keep, skip_bad=args.skip_bad)
-    encoding = tasks.encoding_called(model.config.encoding)
-    items = {kind: fitting(these, encoding, model.config.block_size, args.skip_bad)[0]
-             for kind, these in items.items()}
     files = [pathlib.Path(file).read_text("utf8", "replace") for file in args.keep]
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
@@ -199,11 +203,12 @@ def main_job(args):
         runs[method] = train.main(["adapt", *task, "--method", method, *out, *shlex.split(args.adapt)])
     stage(f"evaluate on {args.split} items")
     device = pick_device()
-    results = {"foundation": scores_of(folder / f"foundation-{args.split}.json",
-                                       load_foundation(args.out, device)[0], args)}
+    foundation, _ = load_foundation(args.out, device)
+    items = fitting_items(args, foundation.config)
+    results = {"foundation": scores_of(folder / f"foundation-{args.split}.json", foundation, items, args)}
     for method, path in runs.items():
         results[method] = scores_of(path.with_name(f"{args.split}.json"),
-                                    load_adapter(path, args.out, device), args)
+                                    load_adapter(path, args.out, device), items, args)
     for name, scores in results.items():
         print_wrong(name, scores)
     print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is better) on "

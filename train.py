@@ -314,9 +314,10 @@ def adapt(args):
 
 def ready(args, model, method, calibration, items):
     """The model is made ready for `method`; returns what `fit` needs besides: optimizer, batch, penalty."""
+    batch = batches(args, items, method, calibration, model.config)  # items that do not fit are named first
     spectral = prepare(model, method, calibration, args)
     optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr)
-    return (optimizer, batches(args, items, method, calibration, model.config),
+    return (optimizer, batch,
             penalty_of(model, calibration, method, args.mu) if method.penalty else None)
 
 
@@ -453,6 +454,13 @@ def add_task(p):
     p.add_argument("--skip-bad", action="store_true", help="leave out rows of files that are bad or too long")
 
 
+def add_options(p, options, positives=()):
+    """An option for each entry of {name: (default, what it is)}."""
+    for key, (default, said) in options.items():
+        kind = positive if key in positives else type(default)
+        p.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=said)
+
+
 def positive(text):
     value = int(text)
     if value < 1:
@@ -484,9 +492,7 @@ def parser():
     a.add_argument("--method", default="folora-kl", help=f"one of {', '.join(METHODS)}")
     a.add_argument("--lr", type=float,
                    help=f"peak learning rate; default by method: {LEARNING_RATES}, others {OTHER_RATE}")
-    for key, (default, said) in ADAPT.items():
-        kind = positive if key in ("steps", "batch", "examples") else type(default)
-        a.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=said)
+    add_options(a, ADAPT, positives=("steps", "batch", "examples"))
     e = commands.add_parser("export", help="write weights that transformers and PEFT read",
                             formatter_class=formatter)
     e.set_defaults(run=export)
