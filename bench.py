@@ -24,16 +24,11 @@ import torch
 import calibrate
 import tasks
 import train
-from eval import evaluate, items_of, kept, markdown
+from eval import evaluate, items_of, kept, markdown, on_disk
 from folora import (METHODS, Method, fisher, forgetting_penalty, generalized_eigh, kaiming, leading,
                     null_space, sadam, solve_layer, spectral_gate)
 from model import block_linears, load, pick_device, write_whole
 from train import load_adapter, load_foundation
-
-try:
-    import fcntl
-except ImportError:  # Windows: a comparison there is for one process
-    fcntl = None
 
 # ------------------------------------------------------------------------------------------------------------
 # FoLoRA taken apart: variants that the ablations compare
@@ -149,14 +144,15 @@ class Study:
     def result(self, run):
         """The finished run's result, None when there is none."""
         if run not in self.finished:
-            found = kept(train.run_folder(self.args(run)) / "result.json", self.identity[run[0]])
-            if not found:
+            result = on_disk(train.run_folder(self.args(run)) / "result.json", self.identity[run[0]])
+            if not result:
                 return None
-            self.finished[run] = found
+            self.finished[run] = result
         return self.finished[run]
 
     def do(self, run):
-        """Train and evaluate: seed 0 on validation items, others on test items."""
+        """Train and evaluate: seed 0 on validation items, others on test items. None while another process
+        is at it."""
         args = self.args(run)
         folder, split = train.run_folder(args), "test" if args.seed else "valid"
 
@@ -177,7 +173,7 @@ class Study:
                     "cost": load(path, "adapter", "")["cost"],
                     "curve": [(step, s["Avg2"], s["Avg1"]) for step, s in along]}
 
-        return kept(folder / "result.json", self.identity[args.task], make)
+        return kept(folder / "result.json", self.identity[args.task], make, wait=False)
 
     def moved(self, model):
         """‖ΔW‖_F over all projections, and ‖ΔW X_pre‖_F as a share of ‖W0 X_pre‖_F, in percent."""
@@ -347,20 +343,6 @@ def missing_runs(study, ablate, quick):
 
 # Doing them, in as many processes as there are cores
 
-@contextlib.contextmanager
-def claimed(folder):
-    """Whether this process alone works in `folder`. The claim ends with the process, however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            if fcntl:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-
-
 def work(out, chosen, adapt, ablate, quick, workers):
     """Do missing runs until there are none; other processes may do the same on the same folder."""
     study, parent = Study(out, chosen, adapt), multiprocessing.parent_process()
@@ -371,13 +353,12 @@ def work(out, chosen, adapt, ablate, quick, workers):
     began, done = time.time(), 0
     while runs := missing_runs(study, ablate, quick):
         for run in runs:
-            with claimed(train.run_folder(study.args(run))) as mine:
-                if mine and not study.result(run):
-                    described = describe(run, study.do(run))
-                    done += 1
-                    left = (len(runs) - 1) * (time.time() - began) / done / workers / 60
-                    print(f"{described}   {len(runs) - 1} known runs to go, about {left:.0f} min", flush=True)
-                    break
+            if not study.result(run) and (result := study.do(run)):
+                done += 1
+                left = (len(runs) - 1) * (time.time() - began) / done / workers / 60
+                print(f"{describe(run, result)}   {len(runs) - 1} known runs to go, about {left:.0f} min",
+                      flush=True)
+                break
         else:
             time.sleep(2)  # the others are at the last ones, from which more may follow
         if parent and not parent.is_alive():
@@ -408,8 +389,8 @@ def compare(args, chosen):
     cores = os.cpu_count()
     workers = args.workers or (cores if pick_device().type == "cpu" else max(1, min(8, cores // 2)))
     context = multiprocessing.get_context("spawn")
-    about = args.out, chosen, args.adapt, args.ablate, args.quick, workers
-    processes = [context.Process(target=work, args=about) for _ in range(workers)]
+    about = functools.partial(work, args.out, chosen, args.adapt, args.ablate, args.quick, workers)
+    processes = [context.Process(target=train.command, args=(about,)) for _ in range(workers)]
     for process in processes:
         process.start()
     try:

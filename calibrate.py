@@ -21,8 +21,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
-from model import block_linears, generate, load, pick_device, save
-from train import (add_options, add_task, command, load_foundation, positive, response_batch, reusable,
+from model import block_linears, generate, pick_device
+from train import (add_options, add_task, command, load_foundation, positive, response_batch, stage,
                    task_folder)
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
@@ -176,8 +176,11 @@ def proxy(args, model, foundation):
                     fisher_samples=args.fisher_samples, min_new=args.min_new, max_new=args.max_new,
                     seed=args.seed)
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
-    if reusable(path, "proxy", settings):
-        return load(path, "proxy", "python calibrate.py")
+    return stage(path, "proxy", settings, lambda: measure_proxy(args, model, writer, limits, encoding))
+
+
+def measure_proxy(args, model, writer, limits, encoding):
+    """What `proxy` keeps."""
     print(f"proxy: {args.samples} samples, source: {args.source}")
     samples = proxy_rows(args, model, writer, limits)
     for tokens in samples[:8]:
@@ -186,12 +189,9 @@ def proxy(args, model, foundation):
     rows = [([encoding.eot_token] + tokens)[:model.config.block_size] for tokens in samples]
     warn_of_few(rows, model, "samples")
     padded = pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
-    content = {"kind": "proxy", "settings": settings, "samples": padded, "C_pre": second_moments(model, rows),
-               "S_pre": output_moments(model, [[encoding.eot_token] + tokens
-                                               for tokens in samples[:args.fisher_samples]])}
-    save(path, content)
-    print(f"{path} written")
-    return content
+    return {"samples": padded, "C_pre": second_moments(model, rows),
+            "S_pre": output_moments(model, [[encoding.eot_token] + tokens
+                                            for tokens in samples[:args.fisher_samples]])}
 
 
 def output_moments(model, rows, batch=32):
@@ -245,8 +245,11 @@ def calibrate(args):
     encoding = tasks.encoding_called(model.config.encoding)
     old = proxy(args, model, foundation)
     settings = dict(old["settings"], task=args.task, queries=args.queries, text=tasks.fingerprint(queries))
-    if reusable(path, "calibration", settings):
-        return
+    stage(path, "calibration", settings, lambda: measure(args, model, queries, encoding, old))
+
+
+def measure(args, model, queries, encoding, old):
+    """What calibration.pt holds besides its settings, given what `proxy` keeps."""
     print(f"calibrate: {len(queries)} queries of {args.task} for C_task")
     prompts = [([encoding.eot_token] + encoding.encode_ordinary(query))[:model.config.block_size]
                for query in queries]
@@ -255,8 +258,7 @@ def calibrate(args):
     layers = {name: {"C_pre": C_pre.cpu(), "C_task": C_task[name].cpu(), "S_pre": old["S_pre"][name].cpu()}
               for name, C_pre in old["C_pre"].items()}
     print_spectrum({name: solve_layer(m["C_pre"], m["C_task"]) for name, m in layers.items()})
-    save(path, {"kind": "calibration", "settings": settings, "layers": layers, "samples": old["samples"]})
-    print(f"{path} written")
+    return {"layers": layers, "samples": old["samples"]}
 
 
 def parser():

@@ -22,7 +22,7 @@ import torch
 import calibrate
 import tasks
 import train
-from model import fingerprint, generate, pick_device, write_whole
+from model import claimed, fingerprint, generate, pick_device, write_whole
 from train import (add_task, command, fitting, load_adapter, load_foundation, loss_of, positive,
                    response_batch, response_row)
 
@@ -34,16 +34,18 @@ METHODS = ["lora", "folora", "folora-kl"]  # the main job's
 
 def answers(model, items, batch=200):
     """The model's greedy answer to each item, up to the end of its line, if no answer has several."""
-    encoding, said = tasks.encoding_called(model.config.encoding), []
+    encoding, said = tasks.encoding_called(model.config.encoding), [None] * len(items)
     stop = [encoding.eot_token]
     if not any("\n" in item.answer for item in items):
         stop += encoding.encode_ordinary("\n")
     longest = max(len(encoding.encode_ordinary(item.answer)) for item in items) + 8
     prompts = [[encoding.eot_token] + encoding.encode_ordinary(item.prompt) for item in items]
-    for first in range(0, len(prompts), batch):
-        chunk = prompts[first:first + batch]
-        new = min(longest, model.config.block_size + 1 - max(map(len, chunk)))
-        said += [encoding.decode(tokens) for tokens in generate(model, chunk, new, stop)]
+    room = [min(longest, model.config.block_size + 1 - len(prompt)) for prompt in prompts]  # for its answer
+    for new in set(room):  # a prompt with less room than others shortens their answers in no batch
+        these = [i for i, tokens in enumerate(room) if tokens == new]
+        for chunk in (these[first:first + batch] for first in range(0, len(these), batch)):
+            for i, tokens in zip(chunk, generate(model, [prompts[i] for i in chunk], new, stop)):
+                said[i] = encoding.decode(tokens)
     return said
 
 
@@ -129,20 +131,26 @@ def scores_of(path, model, items, args):
     return kept(path, identity, lambda: evaluate(model, items, args.split, text=text))
 
 
-def kept(path, identity, make=lambda: None):
-    """What stands in the JSON file `path` if it was made for `identity`, else make() it and keep it there."""
+def kept(path, identity, make, wait=True):
+    """What stands in the JSON file `path` if it was made for `identity`, else make() it and keep it there.
+    While another process makes it, wait for that or return None."""
+    content = on_disk(path, identity)
+    if not content:
+        with claimed(path, wait) as mine:
+            content = mine and on_disk(path, identity)
+            if mine and not content:
+                content = {"identity": identity, **make()}
+                write_json(path, content)
+    return content or None
+
+
+def on_disk(path, identity):
+    """What stands in the JSON file `path` if it was made for `identity`, else None."""
     try:
-        found = json.loads(path.read_text())
-        if found["identity"] == identity:
-            return found
+        content = json.loads(path.read_text())
+        return content if content["identity"] == identity else None
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # missing or unreadable: made again
-    content = make()
-    if content is None:
-        return None
-    content = {"identity": identity, **content}
-    write_json(path, content)
-    return content
+        return None  # missing or unreadable: made again
 
 
 def write_json(path, content):

@@ -8,6 +8,7 @@ Shapes: B rows of a batch, T tokens, C = n_embd, nh heads of hs = C / nh channel
 Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGPT,
 https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 """
+import contextlib
 import hashlib
 import json
 import math
@@ -18,6 +19,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+
+try:
+    import fcntl
+except ImportError:  # Windows: a folder of results there is for one process
+    fcntl = None
 
 
 @dataclass
@@ -389,18 +395,48 @@ def fingerprint(tensors):
     return digest.hexdigest()[:16]
 
 
-def write_whole(path, write):
-    """Make `path` by write(file), whole or not at all: under a temporary name first, then renamed."""
+@contextlib.contextmanager
+def claimed(path, wait=True):
+    """Whether this process alone makes `path`: True as soon as no other one does or, without `wait`, False.
+
+    The claim is a locked file beside `path`, so it ends with the process, however that ends.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    while fcntl:
+        with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                print(f"  another process makes {path}: waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # else who had it has removed it: once more
+                try:
+                    yield True
+                finally:
+                    os.unlink(lock.name)
+                return
+    yield True
+
+
+def write_whole(path, write):
+    """Make `path` by write(file), whole or not at all: under a temporary name first, then renamed. OSError
+    says what cannot be written and why."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with claimed(temporary):  # so what a killed process left there is nobody's, and written over
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # behind the latter torch.save hides that a disk is full
+            reason = error if isinstance(error, OSError) else error.__context__ or error
+            raise OSError(f"{path} cannot be written: {reason}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def save(path, content):

@@ -13,6 +13,7 @@ template that the foundation has never seen, as fine-tuning does in life. Nothin
 import ast
 import functools
 import hashlib
+import itertools
 import json
 import pathlib
 import random
@@ -62,8 +63,11 @@ def encoding_called(name):
 
 
 def fingerprint(texts):
-    """A short SHA-256: results say which text they were made with."""
-    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+    """A short SHA-256: results say which text they were made with. One text at a time is in memory."""
+    digest = hashlib.sha256()
+    for number, text in enumerate(texts):
+        digest.update(f"\0{text}".encode() if number else text.encode())
+    return digest.hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -208,6 +212,56 @@ class Chunks:
         last = np.searchsorted(self.starts, len(self.tokens) - length, side="right")
         start = self.starts[rng.randrange(last)]
         return self.tokens[start:start + length].tolist()
+
+
+class TextFiles:
+    """Rows of training tokens from text files of any size, drawn from a file of their tokens: neither these
+    nor the text are in memory as a whole. ValueError names a file that is missing or empty."""
+    PIECE = 2 ** 16  # characters
+
+    def __init__(self, files, encoding, folder):
+        for file in files:
+            if not (pathlib.Path(file).is_file() and pathlib.Path(file).stat().st_size):
+                raise ValueError(f"data names {file}, which is missing, empty or not a file")
+        self.files, self.encoding, self.eot = files, encoding, encoding.eot_token
+        self.path = pathlib.Path(folder) / f"tokens-{self.fingerprint()}.bin"
+
+    def pieces(self):
+        """The text in pieces that end with a line, unless that is too long; before each file an empty one."""
+        for file in self.files:
+            yield ""
+            with open(file, encoding="utf8", errors="replace") as f:
+                while piece := f.read(self.PIECE) + f.readline(self.PIECE):
+                    yield piece
+
+    @functools.cache
+    def fingerprint(self):
+        return fingerprint(itertools.chain([self.encoding.name], self.pieces()))
+
+    def write(self, f):
+        """Write the tokens, two bytes each; <|endoftext|> stands before each file."""
+        for piece in self.pieces():
+            tokens = self.encoding.encode_ordinary(piece) or [self.eot]
+            f.write(np.array(tokens, dtype=np.uint16).tobytes())
+
+    @functools.cached_property
+    def ends(self):
+        """Tokens behind which a row may start: those that end a line or a file."""
+        return [t for t in range(self.encoding.n_vocab)
+                if t == self.eot or self.encoding.decode_bytes([t]).endswith(b"\n")]
+
+    def row(self, rng, length):
+        """`length` tokens, the first of them <|endoftext|>, the others from the first start of a line behind
+        a random place, or from that place where no line starts soon."""
+        tokens = np.memmap(self.path, np.uint16, "r")  # anew: a map keeps all it has ever read in memory
+        last = len(tokens) - length
+        if last < 0:
+            raise ValueError(f"data has {len(tokens):,} tokens; a row takes {length}: give more text, or a "
+                             "smaller --context")
+        start = rng.randrange(last + 1)
+        ends = np.flatnonzero(np.isin(tokens[start:min(start + length, last + 1)], self.ends))
+        start += 1 + int(ends[0] if len(ends) else 0)
+        return [self.eot] + tokens[start:start + length - 1].tolist()
 
 
 # ------------------------------------------------------------------------------------------------------------

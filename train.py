@@ -5,11 +5,13 @@
     python train.py adapt --task math --method folora     # out/math/folora-.../adapter.pt
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
 import pathlib
 import random
+import signal
 import sys
 import time
 
@@ -18,10 +20,10 @@ from torch.nn import functional as F
 
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
-from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, fingerprint,
+from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, claimed, fingerprint,
                    from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, save, write_whole)
 
-SAVE_EVERY = 500  # steps
+SAVE_EVERY = 30  # seconds
 ADAPT = {  # option: (default, what it is)
     "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"), "steps": (200, "optimizer steps"),
     "batch": (16, "items a step"), "examples": (2000, "training items"),
@@ -56,6 +58,22 @@ def loss_of(model, x, y):
     return F.cross_entropy(logits.float(), y[counted])
 
 
+@contextlib.contextmanager
+def ctrl_c_noted():
+    """A list that is empty until Ctrl-C, which so stops no step halfway; a second one stops as ever."""
+    noted, before = [], signal.getsignal(signal.SIGINT)
+
+    def note(*_):
+        noted.append(True)
+        signal.signal(signal.SIGINT, before)
+    if before is signal.default_int_handler:  # who ignores Ctrl-C goes on doing so
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, penalty=None,
         after=None):
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
@@ -68,36 +86,41 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     first, losses = resume(partial, settings, trained, optimizers)
-    began, tokens, said = time.time(), 0, first
-    for step in range(first, steps):
-        factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
-        for optimizer, rates in zip(optimizers, peak):
-            for group, rate in zip(optimizer.param_groups, rates):
-                group["lr"] = rate * factor
-        x, y = (t.to(device) for t in batch(step))
-        loss = loss_of(model, x, y) + (penalty() if penalty else 0)
-        model.zero_grad(set_to_none=True)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-        losses.append(loss.item())
-        if not math.isfinite(losses[-1] + norm.item()):
-            raise ValueError(f"loss or gradient is not finite at step {step + 1}; "
-                             f"try a smaller --lr than {settings['lr']}")
-        for optimizer in optimizers:
-            optimizer.step()
-        tokens += x.numel()
-        if after:
-            after(step + 1)
-        if step + 1 == steps or (step + 1) % max(1, steps // 10) == 0:
-            seconds = time.time() - began
-            left = seconds / (step + 1 - first) * (steps - step - 1)
-            print(f"  step {step + 1:5}/{steps}  loss {sum(losses[said:]) / (step + 1 - said):.3f}  "
-                  f"{tokens / seconds:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
-            said = step + 1
-        if (step + 1) % SAVE_EVERY == 0 and step + 1 < steps:
-            save(partial, {"kind": "partial", "settings": settings, "step": step + 1, "losses": losses,
-                           "parameters": {name: p.detach() for name, p in trained.items()},
-                           "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+    began = saved = time.time()
+    tokens, said = 0, first
+    with ctrl_c_noted() as stop:
+        for step in range(first, steps):
+            factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
+            for optimizer, rates in zip(optimizers, peak):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * factor
+            x, y = (t.to(device) for t in batch(step))
+            loss = loss_of(model, x, y) + (penalty() if penalty else 0)
+            model.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1] + norm.item()):
+                raise ValueError(f"loss or gradient is not finite at step {step + 1}; "
+                                 f"try a smaller --lr than {settings['lr']}")
+            for optimizer in optimizers:
+                optimizer.step()
+            tokens += x.numel()
+            if after:
+                after(step + 1)
+            if step + 1 == steps or (step + 1) % max(1, steps // 10) == 0:
+                seconds = time.time() - began
+                left = seconds / (step + 1 - first) * (steps - step - 1)
+                print(f"  step {step + 1:5}/{steps}  loss {sum(losses[said:]) / (step + 1 - said):.3f}  "
+                      f"{tokens / seconds:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
+                said = step + 1
+            if stop or step + 1 < steps and time.time() - saved > SAVE_EVERY:
+                save(partial, {"kind": "partial", "settings": settings, "step": step + 1, "losses": losses,
+                               "parameters": {name: p.detach() for name, p in trained.items()},
+                               "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                saved = time.time()
+            if stop:
+                raise KeyboardInterrupt
     return losses
 
 
@@ -117,37 +140,64 @@ def resume(partial, settings, trained, optimizers):
     return state["step"], state["losses"]
 
 
+def stage(path, kind, settings, make):
+    """What a stage's file `path` holds: that of before, if it was made with exactly these settings, or else
+    make(), which is kept there. A stage that another process is at is waited for."""
+    content = reusable(path, kind, settings)
+    if not content:
+        with claimed(path):
+            content = reusable(path, kind, settings)  # by whom was waited for
+            if not content:
+                content = {"kind": kind, "settings": settings, **make()}
+                save(path, content)
+                path.with_suffix(".partial").unlink(missing_ok=True)
+                print(f"{path} written")
+    return content
+
+
 def reusable(path, kind, settings):
-    """Whether `path` holds this stage's result for exactly these settings; if so, say it."""
+    """What `path` holds if it is this stage's result for exactly these settings, else None."""
     try:
-        same = path.exists() and load(path, kind, "")["settings"] == settings
-    except ValueError:
-        same = False
-    if same:
-        print(f"{path} is up to date")
-    return same
+        content = load(path, kind, "")
+    except ValueError:  # missing or unreadable: made again
+        return None
+    if content.get("settings") != settings:
+        return None
+    print(f"{path} is up to date")
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------------
 # pretrain
 
 def pretrain(args):
-    """Train the foundation on the mixture of `tasks.py`, unless out/foundation.pt was made with
-    the same settings. Or take GPT-2's weights for it."""
+    """Train the foundation on the mixture of `tasks.py` or on text files, unless out/foundation.pt was made
+    with the same settings. Or take GPT-2's weights for it."""
     path = pathlib.Path(args.out) / "foundation.pt"
     if args.foundation != "tiny":
-        return take_foundation(args.foundation, path)
+        model = from_gpt2(*read_gpt2(args.foundation))
+        settings = {"config": vars(model.config), "source": fingerprint(model.state_dict())}
+        stage(path, "foundation", settings, lambda: {"model": model.state_dict()})
+        return
     if args.width % args.heads:
         raise ValueError(f"width is {args.width}; it must be a multiple of heads, {args.heads}")
-    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
+    encoding = tasks.encoding_called(args.encoding)
+    text = tasks.TextFiles(args.data, encoding, args.out) if args.data else tasks.PretrainingMixture(encoding)
     config = dict(block_size=args.context, n_layer=args.layers, n_head=args.heads, n_embd=args.width)
+    if args.encoding != "bytes":
+        config |= dict(vocab_size=encoding.n_vocab, encoding=args.encoding)
     settings = dict(config=config, steps=args.steps, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
-                    seed=args.seed, text=mixture.fingerprint())
-    if reusable(path, "foundation", settings):
-        return
+                    seed=args.seed, text=text.fingerprint())
+    stage(path, "foundation", settings, lambda: train_foundation(args, settings, text, path))
+
+
+def train_foundation(args, settings, text, path):
+    """What foundation.pt holds besides its settings."""
+    if args.data and not text.path.exists():
+        write_whole(text.path, text.write)
     device = pick_device()
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(**config)).to(device)
+    model = GPT(GPTConfig(**settings["config"])).to(device)
     # Muon for the blocks' matrices: after 3.3 million tokens 99 % of the facts, with AdamW alone 12 %
     matrices = [linear.weight for linear in block_linears(model).values()]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
@@ -156,26 +206,14 @@ def pretrain(args):
 
     def batch(step):
         rng = random.Random(f"pretrain {args.seed} {step}")
-        rows = torch.tensor([mixture.row(rng, args.context + 1) for _ in range(args.batch)])
+        rows = torch.tensor([text.row(rng, args.context + 1) for _ in range(args.batch)])
         return rows[:, :-1], rows[:, 1:]
 
     count = sum(p.numel() for p in model.parameters())
     print(f"pretrain: {count:,} parameters, {args.steps} steps of {args.batch} x {args.context} tokens "
           f"on {device}")
-    partial = path.with_suffix(".partial")
-    losses = fit(model, optimizers, batch, settings, partial, shape="linear")
-    save(path, {"kind": "foundation", "settings": settings, "losses": losses, "model": model.state_dict()})
-    partial.unlink(missing_ok=True)
-    print(f"{path} written")
-
-
-def take_foundation(source, path):
-    """Make weights in GPT-2's layout (see `read_gpt2`) the foundation."""
-    model = from_gpt2(*read_gpt2(source))
-    settings = {"config": vars(model.config), "source": fingerprint(model.state_dict())}
-    if not reusable(path, "foundation", settings):
-        save(path, {"kind": "foundation", "settings": settings, "model": model.state_dict()})
-        print(f"{path} written: {source}, {sum(p.numel() for p in model.parameters()):,} parameters")
+    losses = fit(model, optimizers, batch, settings, path.with_suffix(".partial"), shape="linear")
+    return {"losses": losses, "model": model.state_dict()}
 
 
 def load_foundation(out, device):
@@ -275,7 +313,8 @@ def run_folder(args):
 
 
 def adapt(args):
-    """Teach the foundation a task, unless this run's adapter.pt was made with these settings and inputs."""
+    """Teach the foundation a task, unless this run's adapter.pt was made with these settings and inputs;
+    returns its path."""
     device, method = pick_device(), method_called(args.method)
     args.lr = LEARNING_RATES.get(args.method, OTHER_RATE) if args.lr is None else args.lr
     spectral_gate(torch.ones(1), args.lam, args.s_min)  # a bad λ, s_min or τ is better known before the work
@@ -287,29 +326,32 @@ def adapt(args):
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
                     **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT)})
     path = run_folder(args) / "adapter.pt"
-    if reusable(path, "adapter", settings):
-        return path
+    stage(path, "adapter", settings,
+          lambda: train_adapter(args, settings, model, method, calibration, items, path))
+    return path
+
+
+def train_adapter(args, settings, model, method, calibration, items, path):
+    """What adapter.pt holds besides its settings."""
+    device = pick_device()
     print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
           f"{args.steps} steps on {device}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     optimizer, batch, penalty = ready(args, model, method, calibration, items)
 
-    def write(path, **more):  # adapters with their starts, or the full weights
+    def changed():  # adapters with their starts, or the full weights
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
-        changed = {name: t for name, t in model.state_dict().items() if "lora_" in name or name in trained}
-        save(path, {"kind": "adapter", "settings": settings, "changed": changed, **more})
+        return {name: t for name, t in model.state_dict().items() if "lora_" in name or name in trained}
 
     def snapshot(done):
         if args.snapshots and done % max(1, args.steps // args.snapshots) == 0:
-            write(path.with_name(f"step{done}.pt"))
+            save(path.with_name(f"step{done}.pt"),
+                 {"kind": "adapter", "settings": settings, "changed": changed()})
 
-    partial = path.with_suffix(".partial")
-    losses = fit(model, [optimizer], batch, settings, partial, after=snapshot, penalty=penalty)
-    write(path, losses=losses, cost=cost(model, optimizer))
-    partial.unlink(missing_ok=True)
-    print(f"{path} written")
-    return path
+    losses = fit(model, [optimizer], batch, settings, path.with_suffix(".partial"), after=snapshot,
+                 penalty=penalty)
+    return {"changed": changed(), "losses": losses, "cost": cost(model, optimizer)}
 
 
 def ready(args, model, method, calibration, items):
@@ -477,6 +519,9 @@ def parser():
     p.add_argument("--foundation", default="tiny",
                    help=f"tiny, trained here with the options below; {', '.join(GPT2)}; or a checkpoint in "
                         "GPT-2's layout: a file, or a folder with config.json")
+    p.add_argument("--data", nargs="+", metavar="FILE",
+                   help="text files, of any size, to train it on; default: the text that tasks.py makes")
+    p.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="what a token is")
     p.add_argument("--steps", type=positive, default=2300)
     p.add_argument("--batch", type=positive, default=16, help="rows a step")
     p.add_argument("--context", type=positive, default=128, help="tokens a row")

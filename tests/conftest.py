@@ -10,3 +10,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
 settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes long; run by -m slow")
+    config.option.markexpr = config.option.markexpr or "not slow"

@@ -1,8 +1,6 @@
 """The comparison: which runs it asks for, what it makes of them, and a small one end to end."""
 import collections
 import json
-import multiprocessing
-import time
 
 import pytest
 from hypothesis import given, strategies as st
@@ -143,26 +141,6 @@ def test_interval_by_hand():
     assert bench.interval([1, None, 2, 3]) == "2.0 ±2.5 (3 of 4)"
     assert bench.interval([50, None]) == "50.0 (1 of 2)"
     assert bench.interval([None]) == bench.interval([]) == "-"
-
-
-def hold(folder, ready):
-    with bench.claimed(folder) as mine:
-        ready.put(mine)
-        time.sleep(60)
-
-
-def test_claim_is_for_one_process_and_ends_with_it(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    ready = context.Queue()
-    other = context.Process(target=hold, args=(tmp_path / "run", ready))
-    other.start()
-    assert ready.get(timeout=60)
-    with bench.claimed(tmp_path / "run") as mine:
-        assert not mine
-    other.kill()
-    other.join()
-    with bench.claimed(tmp_path / "run") as mine:
-        assert mine
 
 
 @pytest.fixture(scope="module")

@@ -140,7 +140,7 @@ def test_an_interrupted_run_goes_on_exactly(out, tmp_path, monkeypatch, stage):
     file = next(path.glob("*.pt"))
     whole = torch.load(file, weights_only=True)
     file.unlink()
-    monkeypatch.setattr(train, "SAVE_EVERY", 3)
+    monkeypatch.setattr(train, "SAVE_EVERY", 0)
     real_save = train.save
 
     def save_and_stop(path, content):
