@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
-from model import block_linears, generate, pick_device
+from model import block_linears, generate, load, pick_device
 from train import (add_options, add_task, command, load_foundation, positive, response_batch, stage,
                    task_folder)
 
@@ -176,7 +176,8 @@ def proxy(args, model, foundation):
                     fisher_samples=args.fisher_samples, min_new=args.min_new, max_new=args.max_new,
                     seed=args.seed)
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
-    return stage(path, "proxy", settings, lambda: measure_proxy(args, model, writer, limits, encoding))
+    stage(path, "proxy", settings, lambda: measure_proxy(args, model, writer, limits, encoding))
+    return load(path, "proxy", "python calibrate.py")
 
 
 def measure_proxy(args, model, writer, limits, encoding):

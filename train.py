@@ -141,30 +141,26 @@ def resume(partial, settings, trained, optimizers):
 
 
 def stage(path, kind, settings, make):
-    """What a stage's file `path` holds: that of before, if it was made with exactly these settings, or else
-    make(), which is kept there. A stage that another process is at is waited for."""
-    content = reusable(path, kind, settings)
-    if not content:
-        with claimed(path):
-            content = reusable(path, kind, settings)  # by whom was waited for
-            if not content:
-                content = {"kind": kind, "settings": settings, **make()}
-                save(path, content)
-                path.with_suffix(".partial").unlink(missing_ok=True)
-                print(f"{path} written")
-    return content
+    """See to it that a stage's file `path` holds what make() returns, made with exactly these settings. What
+    another process is making is waited for, and then used."""
+    if reusable(path, kind, settings):
+        return
+    with claimed(path):
+        if not reusable(path, kind, settings):  # unless made by whom was waited for
+            save(path, {"kind": kind, "settings": settings, **make()})
+            path.with_suffix(".partial").unlink(missing_ok=True)
+            print(f"{path} written")
 
 
 def reusable(path, kind, settings):
-    """What `path` holds if it is this stage's result for exactly these settings, else None."""
+    """Whether `path` holds this stage's result for exactly these settings; if so, say it."""
     try:
-        content = load(path, kind, "")
-    except ValueError:  # missing or unreadable: made again
-        return None
-    if content.get("settings") != settings:
-        return None
-    print(f"{path} is up to date")
-    return content
+        same = path.exists() and load(path, kind, "")["settings"] == settings
+    except ValueError:
+        same = False
+    if same:
+        print(f"{path} is up to date")
+    return same
 
 
 # ------------------------------------------------------------------------------------------------------------
