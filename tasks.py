@@ -241,8 +241,9 @@ class TextFiles:
     def write(self, f):
         """Write the tokens, two bytes each; <|endoftext|> stands before each file."""
         for piece in self.pieces():
-            tokens = self.encoding.encode_ordinary(piece) or [self.eot]
-            f.write(np.array(tokens, dtype=np.uint16).tobytes())
+            tokens = (list(piece.encode()) if self.encoding.name == "bytes"  # its tokenizer is slower
+                      else self.encoding.encode_ordinary(piece))
+            f.write(np.array(tokens or [self.eot], dtype=np.uint16).tobytes())
 
     @functools.cached_property
     def ends(self):
@@ -251,16 +252,18 @@ class TextFiles:
                 if t == self.eot or self.encoding.decode_bytes([t]).endswith(b"\n")]
 
     def row(self, rng, length):
-        """`length` tokens, the first of them <|endoftext|>, the others from the first start of a line behind
-        a random place, or from that place where no line starts soon."""
+        """`length` tokens, the first of them <|endoftext|>, the others from the start of the line in which a
+        random place lies, or from that place where the line started long before."""
         tokens = np.memmap(self.path, np.uint16, "r")  # anew: a map keeps all it has ever read in memory
         last = len(tokens) - length
         if last < 0:
             raise ValueError(f"data has {len(tokens):,} tokens; a row takes {length}: give more text, or a "
                              "smaller --context")
-        start = rng.randrange(last + 1)
-        ends = np.flatnonzero(np.isin(tokens[start:min(start + length, last + 1)], self.ends))
-        start += 1 + int(ends[0] if len(ends) else 0)
+        place = rng.randrange(last + 1)
+        first = max(0, place - length)
+        near = tokens[first:place + 2]
+        ends = np.flatnonzero(np.isin(near[:-1], self.ends) & (near[1:] != self.eot))
+        start = 1 + (first + int(ends[-1]) if len(ends) else place)
         return [self.eot] + tokens[start:start + length - 1].tolist()
 
 
