@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
-from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, fingerprint,
-                   from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, save, write_whole)
+from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, fingerprint,
+                   from_gpt2, gpt2_layout, join_processes, load, merge_lora, own_share, pick_device,
+                   processes, read_gpt2, save, write_whole)
 
 SAVE_EVERY = 500  # steps
 ADAPT = {  # option: (default, what it is)
@@ -56,8 +57,24 @@ def loss_of(model, x, y):
     return F.cross_entropy(logits.float(), y[counted])
 
 
+def gradients(model, x, y, penalty=None, parts=1):
+    """Set the gradients of loss + penalty on a batch x, y (B, T) and return its value. Each process takes
+    its share of the rows, in `parts` smaller batches one after another, which need less memory."""
+    whole, total, count = (y != -100).sum(), 0, parts * processes()[1]
+    if len(x) < count:
+        raise ValueError(f"a batch of {len(x)} rows cannot be taken in {count} parts")
+    x, y = own_share(x), own_share(y)
+    for i in range(parts):
+        portion = (y[i::parts] != -100).sum() / whole  # of the batch's targets
+        loss = loss_of(model, x[i::parts], y[i::parts]) * portion + (penalty() / count if penalty else 0)
+        loss.backward()
+        total = total + loss.detach()
+    add_up([total, *(p.grad for p in model.parameters() if p.grad is not None)])
+    return total.item()
+
+
 def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, penalty=None,
-        after=None):
+        after=None, parts=1):
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
@@ -75,11 +92,9 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         x, y = (t.to(device) for t in batch(step))
-        loss = loss_of(model, x, y) + (penalty() if penalty else 0)
         model.zero_grad(set_to_none=True)
-        loss.backward()
+        losses.append(gradients(model, x, y, penalty, parts))
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-        losses.append(loss.item())
         if not math.isfinite(losses[-1] + norm.item()):
             raise ValueError(f"loss or gradient is not finite at step {step + 1}; "
                              f"try a smaller --lr than {settings['lr']}")
@@ -163,7 +178,7 @@ def pretrain(args):
     print(f"pretrain: {count:,} parameters, {args.steps} steps of {args.batch} x {args.context} tokens "
           f"on {device}")
     partial = path.with_suffix(".partial")
-    losses = fit(model, optimizers, batch, settings, partial, shape="linear")
+    losses = fit(model, optimizers, batch, settings, partial, shape="linear", parts=args.accumulate)
     save(path, {"kind": "foundation", "settings": settings, "losses": losses, "model": model.state_dict()})
     partial.unlink(missing_ok=True)
     print(f"{path} written")
@@ -305,7 +320,8 @@ def adapt(args):
             write(path.with_name(f"step{done}.pt"))
 
     partial = path.with_suffix(".partial")
-    losses = fit(model, [optimizer], batch, settings, partial, after=snapshot, penalty=penalty)
+    losses = fit(model, [optimizer], batch, settings, partial, after=snapshot, penalty=penalty,
+                 parts=args.accumulate)
     write(path, losses=losses, cost=cost(model, optimizer))
     partial.unlink(missing_ok=True)
     print(f"{path} written")
@@ -439,6 +455,7 @@ def peft_files(model, base, path):
 def command(main):
     """Run a command: what a user got wrong is one line and exit status 2, not a traceback."""
     try:
+        join_processes()
         main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -503,6 +520,8 @@ def parser():
     e.add_argument("--to", required=True, help="folder for the files")
     for sub in p, a:
         sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--accumulate", type=positive, default=1,
+                         help="parts in which a batch is taken, one after another: less memory, same result")
     for sub in p, a, e:
         sub.add_argument("--out", default="out", help="folder for all results")
     return top
