@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
-from model import block_linears, generate, load, pick_device
+from model import add_up, block_linears, gathered, generate, load, own_share, pick_device, processes
 from train import (add_options, add_task, command, load_foundation, positive, response_batch, stage,
                    task_folder)
 
@@ -70,28 +70,31 @@ def rejection(tokens, seen, limits):
 
 def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250):
     """(`count` accepted samples as token lists without <|endoftext|>, Counter of rejections by reason).
+    Several processes write each its own, from seeds of their own, and all accept the same.
 
     ValueError when too few of 4 count + batch tries are accepted.
     """
     device = model.lm_head.weight.device
-    generator, rng = torch.Generator(device).manual_seed(seed), random.Random(f"decoding {seed}")
+    rank, writers = processes()
+    generator = torch.Generator(device).manual_seed(seed + 10 ** 6 * rank)
+    rng = random.Random(f"decoding {seed + 10 ** 6 * rank}")
     accepted, rejected, seen, tries = [], collections.Counter(), set(), 0
-    batch = min(batch, count)
+    batch = -(-min(batch, count) // writers)  # texts at a time
     while len(accepted) < count:
-        if tries >= 4 * count + batch:
+        if tries >= 4 * count + batch * writers:
             raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in {tries} tries "
                              f"(rejected: {dict(rejected)}); ask for fewer with --samples, loosen the "
                              "filters, or train the foundation longer")
         drawn = rng.choices([settings for _, settings in DECODING], [share for share, _ in DECODING], k=batch)
         temperature, top_p, top_k = (torch.tensor(column, device=device) for column in zip(*drawn))
         decoding = temperature, top_p, torch.where(top_k == 0, model.config.vocab_size, top_k)
-        for tokens in generate(model, [[eot]] * batch, max_new, [eot], decoding, min_new, generator):
+        for tokens in gathered(generate(model, [[eot]] * batch, max_new, [eot], decoding, min_new, generator)):
             reason = rejection(tokens, seen, limits)
             if reason:
                 rejected[reason] += 1
             else:
                 accepted.append(tokens)
-        tries += batch
+        tries += batch * writers
     return accepted[:count], rejected
 
 
@@ -121,7 +124,7 @@ def second_moments(model, rows, batch=64):
     """
     device, layers = model.lm_head.weight.device, block_linears(model)
     moments = {name: SecondMoment(layer.in_features, device) for name, layer in layers.items()}
-    rows = sorted(rows, key=len)  # rows of like length together: less padding
+    rows = own_share(sorted(rows, key=len))  # rows of like length together: less padding
     with watching(layers, lambda name, activations: moments[name].add(activations, mask)):  # the batch's mask
         for first in range(0, len(rows), batch):
             chunk = rows[first:first + batch]
@@ -133,9 +136,11 @@ def second_moments(model, rows, batch=64):
 
 
 def means(moments):
-    """{name: SecondMoment} -> {name: its mean}; ValueError names the layer whose moment is not finite."""
+    """{name: SecondMoment} -> {name: its mean}, over all processes; ValueError names the layer whose moment
+    is not finite."""
     result = {}
     for name, moment in moments.items():
+        add_up([moment.total, moment.tokens])
         try:
             result[name] = moment.mean()
         except ValueError as error:
@@ -206,7 +211,7 @@ def output_moments(model, rows, batch=32):
     def see(name, output):
         output.register_hook(lambda gradient: moments[name].add(gradient, mask))  # the batch's mask
 
-    rows = sorted(rows, key=len)
+    rows = own_share(sorted(rows, key=len))
     with watching(layers, see, outputs=True):
         for first in range(0, len(rows), batch):
             x, y = (t.to(device) for t in response_batch([(row, 1) for row in rows[first:first + batch]]))

@@ -40,7 +40,7 @@ class SecondMoment:
 
     def __init__(self, d_in, device="cpu"):
         self.total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-        self.tokens = 0
+        self.tokens = torch.zeros((), dtype=torch.long, device=device)
 
     def add(self, x, mask=None):
         """x (..., d_in); mask (...) is False on padding, which never enters."""

@@ -8,15 +8,18 @@ Shapes: B rows of a batch, T tokens, C = n_embd, nh heads of hs = C / nh channel
 Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGPT,
 https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 """
+import atexit
 import contextlib
 import hashlib
 import json
 import math
 import os
 import pathlib
+import sys
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch.nn import functional as F
 
@@ -376,6 +379,49 @@ def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def join_processes():
+    """Where torchrun has started several processes: each takes a GPU, and the first alone speaks."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group()
+        atexit.register(dist.destroy_process_group)
+        if dist.get_rank():
+            sys.stdout = open(os.devnull, "w")
+
+
+def processes():
+    """(this process's number, how many there are)."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def together():
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def own_share(rows):
+    """This process's part of rows that all processes have."""
+    rank, count = processes()
+    return rows[rank::count]
+
+
+def add_up(tensors):
+    """Make each tensor the sum of what all processes have there."""
+    for t in tensors if dist.is_initialized() else ():
+        dist.all_reduce(t)
+
+
+def gathered(rows):
+    """The lists of all processes, joined."""
+    if not dist.is_initialized():
+        return rows
+    lists = [None] * dist.get_world_size()
+    dist.all_gather_object(lists, rows)
+    return sum(lists, [])
+
+
 def autocast(device):
     """bf16 where the machine gains from it (recent GPUs; CPUs with bf16 instructions), float32 elsewhere."""
     gains = torch.cuda.is_bf16_supported() if device.type == "cuda" else bf16_cpu()
@@ -399,10 +445,11 @@ def fingerprint(tensors):
 def claimed(path, wait=True):
     """Whether this process alone makes `path`: True as soon as no other one does or, without `wait`, False.
 
-    The claim is a locked file beside `path`, so it ends with the process, however that ends.
+    The claim is a locked file beside `path`, so it ends with the process, however that ends. Of several
+    processes that work together the first one claims.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    while fcntl:
+    while fcntl and not processes()[0]:
         with open(path.with_name(f"{path.name}.lock"), "w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -423,7 +470,9 @@ def claimed(path, wait=True):
 
 def write_whole(path, write):
     """Make `path` by write(file), whole or not at all: under a temporary name first, then renamed. OSError
-    says what cannot be written and why."""
+    says what cannot be written and why. Of several processes the first one writes."""
+    if processes()[0]:
+        return
     temporary = path.with_name(f"{path.name}.tmp")
     with claimed(temporary):  # so what a killed process left there is nobody's, and written over
         try:

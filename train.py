@@ -20,8 +20,9 @@ from torch.nn import functional as F
 
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
-from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, claimed, fingerprint,
-                   from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, save, write_whole)
+from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, claimed,
+                   fingerprint, from_gpt2, gpt2_layout, join_processes, load, merge_lora, own_share,
+                   pick_device, processes, read_gpt2, save, together, write_whole)
 
 SAVE_EVERY = 30  # seconds
 ADAPT = {  # option: (default, what it is)
@@ -74,8 +75,24 @@ def ctrl_c_noted():
         signal.signal(signal.SIGINT, before)
 
 
+def gradients(model, x, y, penalty=None, parts=1):
+    """Set the gradients of loss + penalty on a batch x, y (B, T) and return its value. Each process takes
+    its share of the rows, in `parts` smaller batches one after another, which need less memory."""
+    whole, total, count = (y != -100).sum(), 0, parts * processes()[1]
+    if len(x) < count:
+        raise ValueError(f"a batch of {len(x)} rows cannot be taken in {count} parts")
+    x, y = own_share(x), own_share(y)
+    for i in range(parts):
+        portion = (y[i::parts] != -100).sum() / whole  # of the batch's targets
+        loss = loss_of(model, x[i::parts], y[i::parts]) * portion + (penalty() / count if penalty else 0)
+        loss.backward()
+        total = total + loss.detach()
+    add_up([total, *(p.grad for p in model.parameters() if p.grad is not None)])
+    return total.item()
+
+
 def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, penalty=None,
-        after=None):
+        after=None, parts=1):
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
@@ -95,11 +112,9 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
                 for group, rate in zip(optimizer.param_groups, rates):
                     group["lr"] = rate * factor
             x, y = (t.to(device) for t in batch(step))
-            loss = loss_of(model, x, y) + (penalty() if penalty else 0)
             model.zero_grad(set_to_none=True)
-            loss.backward()
+            losses.append(gradients(model, x, y, penalty, parts))
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
-            losses.append(loss.item())
             if not math.isfinite(losses[-1] + norm.item()):
                 raise ValueError(f"loss or gradient is not finite at step {step + 1}; "
                                  f"try a smaller --lr than {settings['lr']}")
@@ -191,6 +206,7 @@ def train_foundation(args, settings, text, path):
     """What foundation.pt holds besides its settings."""
     if args.data and not text.path.exists():
         write_whole(text.path, text.write)
+    together()
     device = pick_device()
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(**settings["config"])).to(device)
@@ -208,7 +224,8 @@ def train_foundation(args, settings, text, path):
     count = sum(p.numel() for p in model.parameters())
     print(f"pretrain: {count:,} parameters, {args.steps} steps of {args.batch} x {args.context} tokens "
           f"on {device}")
-    losses = fit(model, optimizers, batch, settings, path.with_suffix(".partial"), shape="linear")
+    losses = fit(model, optimizers, batch, settings, path.with_suffix(".partial"), shape="linear",
+                 parts=args.accumulate)
     return {"losses": losses, "model": model.state_dict()}
 
 
@@ -346,7 +363,7 @@ def train_adapter(args, settings, model, method, calibration, items, path):
                  {"kind": "adapter", "settings": settings, "changed": changed()})
 
     losses = fit(model, [optimizer], batch, settings, path.with_suffix(".partial"), after=snapshot,
-                 penalty=penalty)
+                 penalty=penalty, parts=args.accumulate)
     return {"changed": changed(), "losses": losses, "cost": cost(model, optimizer)}
 
 
@@ -477,6 +494,7 @@ def peft_files(model, base, path):
 def command(main):
     """Run a command: what a user got wrong is one line and exit status 2, not a traceback."""
     try:
+        join_processes()
         main()
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -544,6 +562,8 @@ def parser():
     e.add_argument("--to", required=True, help="folder for the files")
     for sub in p, a:
         sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--accumulate", type=positive, default=1,
+                         help="parts in which a batch is taken, one after another: less memory, same result")
     for sub in p, a, e:
         sub.add_argument("--out", default="out", help="folder for all results")
     return top
