@@ -161,10 +161,12 @@ def stage(path, kind, settings, make):
     if reusable(path, kind, settings):
         return
     with claimed(path):
+        together()
         if not reusable(path, kind, settings):  # unless made by whom was waited for
             save(path, {"kind": kind, "settings": settings, **make()})
             path.with_suffix(".partial").unlink(missing_ok=True)
             print(f"{path} written")
+    together()
 
 
 def reusable(path, kind, settings):
