@@ -532,7 +532,7 @@ def step_times(study, methods=COMPARED, rounds=9, steps=4):
             args = study.args((study.tasks[0], method, 4, 0, ("--steps", str(steps))))
             model, foundation = load_foundation(args.out, study.device)
             how = METHODS[method]
-            calibration = train.load_calibration(args, foundation) if how.calibrated else None
+            calibration = train.load_calibration(args, model, foundation) if how.calibrated else None
             items = tasks.task_items(args.task, "train", args.examples)
             runs[method] = args, model, train.ready(args, model, how, calibration, items)
         for _ in range(1 + rounds):

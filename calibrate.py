@@ -21,9 +21,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
-from model import block_linears, generate, load, pick_device, save
-from train import (add_options, add_task, command, load_foundation, positive, response_batch, reusable,
-                   task_folder)
+from model import block_linears, generate, load, pick_device, reading, save
+from train import (add_options, add_task, check_measured, command, load_foundation, positive, response_batch,
+                   reusable, task_folder)
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -177,7 +177,12 @@ def proxy(args, model, foundation):
                     seed=args.seed)
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
     if reusable(path, "proxy", settings):
-        return load(path, "proxy", "python calibrate.py")
+        old = load(path, "proxy", "python calibrate.py")
+        with reading(path, "delete it and make it again with: python calibrate.py"):
+            moments = "C_pre", "S_pre"
+            check_measured(model, {name: {key: old[key][name] for key in moments} for name in old["C_pre"]},
+                           old["samples"], moments)
+        return old
     print(f"proxy: {args.samples} samples, source: {args.source}")
     samples = proxy_rows(args, model, writer, limits)
     for tokens in samples[:8]:

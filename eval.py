@@ -122,7 +122,7 @@ def fitting_items(args, config):
 def scores_of(path, model, items, args):
     """Scores of a model, kept as JSON at `path` for as long as its weights and the items are the same."""
     text = [file for file in args.keep if file.endswith(".txt")] or tasks.LIBRARY
-    files = [pathlib.Path(file).read_text("utf8", "replace") for file in args.keep]
+    files = [tasks.text_of(file) for file in args.keep]
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
                 "keep": tasks.fingerprint(files), "python": platform.python_version()}

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
-from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, fingerprint,
-                   from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, save, write_whole)
+from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, check, fingerprint,
+                   from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, reading, save,
+                   write_whole)
 
 SAVE_EVERY = 500  # steps
 ADAPT = {  # option: (default, what it is)
@@ -81,8 +82,8 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         losses.append(loss.item())
         if not math.isfinite(losses[-1] + norm.item()):
-            raise ValueError(f"loss or gradient is not finite at step {step + 1}; "
-                             f"try a smaller --lr than {settings['lr']}")
+            raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in "
+                             f"{first_not_finite(model, x)}; try a smaller --lr than {settings['lr']}")
         for optimizer in optimizers:
             optimizer.step()
         tokens += x.numel()
@@ -99,6 +100,25 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
                            "parameters": {name: p.detach() for name, p in trained.items()},
                            "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
     return losses
+
+
+def first_not_finite(model, x):
+    """Where a step's numbers went wrong: the first layer, in the order they run, whose output is not finite,
+    else the last one, the first on the way back, with such a gradient."""
+    found = []
+
+    def see(name, output):
+        if not torch.isfinite(output).all():
+            found.append(f"the output of {name}")
+    handles = [layer.register_forward_hook(lambda layer, x, output, name=name: see(name, output))
+               for name, layer in model.named_modules() if name and not isinstance(layer, torch.nn.ModuleDict)]
+    with torch.no_grad(), autocast(x.device):
+        model(x)
+    for handle in handles:
+        handle.remove()
+    found += [f"the gradient of {name}" for name, p in reversed(list(model.named_parameters()))
+              if p.grad is not None and not torch.isfinite(p.grad).all()]
+    return found[0] if found else "the penalty"
 
 
 def resume(partial, settings, trained, optimizers):
@@ -137,10 +157,9 @@ def pretrain(args):
     path = pathlib.Path(args.out) / "foundation.pt"
     if args.foundation != "tiny":
         return take_foundation(args.foundation, path)
-    if args.width % args.heads:
-        raise ValueError(f"width is {args.width}; it must be a multiple of heads, {args.heads}")
-    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
     config = dict(block_size=args.context, n_layer=args.layers, n_head=args.heads, n_embd=args.width)
+    GPTConfig(**config)  # refused before any work
+    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
     settings = dict(config=config, steps=args.steps, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
                     seed=args.seed, text=mixture.fingerprint())
     if reusable(path, "foundation", settings):
@@ -182,11 +201,14 @@ def load_foundation(out, device):
     """(model, fingerprint of its weights)."""
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
     saved = load(path, "foundation", made_by)
-    try:
-        model = GPT(GPTConfig(**saved["settings"]["config"]))
+    with reading(path, f"delete it and make it again with: {made_by}"):
+        config = GPTConfig(**saved["settings"]["config"])
+        with torch.device("meta"):  # a hostile file may ask for more than fits
+            check(saved["model"], GPT(config).state_dict())
+        if tasks.encoding_called(config.encoding).n_vocab > config.vocab_size:
+            raise ValueError(f"it has {config.vocab_size} tokens, too few for {config.encoding}")
+        model = GPT(config)
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError):  # names or shapes that are not this model's
-        raise ValueError(f"{path} does not fit this model; delete it and make it again with: {made_by}")
     return model.to(device).eval(), fingerprint(saved["model"])
 
 
@@ -198,13 +220,26 @@ def task_folder(args):
     return pathlib.Path(args.out) / pathlib.Path(args.task).stem
 
 
-def load_calibration(args, foundation):
+def load_calibration(args, model, foundation):
     path = task_folder(args) / f"{args.calibration}.pt"
     made_by = f"python calibrate.py --task {args.task} --name {args.calibration} --out {args.out}"
     calibration = load(path, "calibration", made_by)
-    if calibration["settings"]["foundation"] != foundation:
-        raise ValueError(f"{path} belongs to another foundation; make it again with: {made_by}")
+    with reading(path, f"make it again with: {made_by}"):
+        if calibration["settings"]["foundation"] != foundation:
+            raise ValueError("it belongs to another foundation")
+        check_measured(model, calibration["layers"], calibration["samples"], ("C_pre", "C_task", "S_pre"))
     return calibration
+
+
+def check_measured(model, layers, samples, moments):
+    """ValueError unless layers {layer: {moment: tensor}} and samples (N, longest) can come from this model."""
+    shapes = {f"{name} {key}": 2 * [layer.weight.shape[key[0] == "C"]]  # of C_pre, C_task (d_in, d_in)
+              for name, layer in block_linears(model).items() for key in moments}
+    check({f"{name} {key}": t for name, m in layers.items() for key, t in m.items()},
+          {name: torch.empty(d, dtype=torch.float64, device="meta") for name, d in shapes.items()})
+    if not (samples.dtype == torch.int32 and samples.dim() == 2 and samples.numel()
+            and -1 <= samples.min() and samples.max() < model.config.vocab_size):
+        raise ValueError("samples are not rows of the model's tokens")
 
 
 def prepare(model, method, calibration, args):
@@ -282,7 +317,7 @@ def adapt(args):
     damped(torch.eye(1), args.tau)
     items = tasks.task_items(args.task, "train", args.examples, skip_bad=args.skip_bad)
     model, foundation = load_foundation(args.out, device)
-    calibration = load_calibration(args, foundation) if method.calibrated else None
+    calibration = load_calibration(args, model, foundation) if method.calibrated else None
     settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
                     **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT)})
@@ -368,17 +403,28 @@ def load_adapter(path, out, device):
 
 def load_adapted(path, out, device):
     """The foundation with the adapter of `path`, not merged."""
-    saved = load(path, "adapter", "python train.py adapt")
+    made_by = "python train.py adapt"
+    saved = load(path, "adapter", made_by)
     model, foundation = load_foundation(out, device)
-    settings, changed = saved["settings"], saved["changed"]
-    if settings["foundation"] != foundation:
-        raise ValueError(f"{path} belongs to another foundation; make it again with: python train.py adapt")
-    if method_called(settings["method"]).start:
-        for name, layer in add_lora(model, settings["rank"], settings["scale"]).items():
+    with reading(path, f"make it again with: {made_by}"):
+        settings, changed = saved["settings"], saved["changed"]
+        if settings["foundation"] != foundation:
+            raise ValueError("it belongs to another foundation")
+        method, trained = method_called(settings["method"]), ()
+        if method.start:
+            layers = add_lora(model, settings["rank"], settings["scale"])
+            for name, layer in layers.items() if method.protected else ():
+                k = min(changed[f"{name}.lora_U"].shape[1], *layer.weight.shape)
+                layer.protect(*(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
+        else:
+            layers = {}
+            trained = [name for name, p in model.named_parameters()
+                       if not method.steps or name.removesuffix(".weight") in block_linears(model)]
+        check(changed, {name: t for name, t in model.state_dict().items()
+                        if "lora_" in name or name in trained})
+        for name, layer in layers.items():
             layer.start(changed[f"{name}.lora_A0"], changed[f"{name}.lora_B0"])
-            if f"{name}.lora_U" in changed:
-                layer.protect(changed[f"{name}.lora_U"].to(device), changed[f"{name}.lora_V"].to(device))
-    model.load_state_dict(changed, strict=False)
+        model.load_state_dict(changed, strict=False)
     return model
 
 

@@ -183,7 +183,8 @@ def test_penalty_is_measured_on_the_samples_themselves(out, method):
     training starts."""
     args = train.parser().parse_args(f"adapt --task code --method {method} {ADAPT} --out {out}".split())
     base, foundation = train.load_foundation(out, "cpu")
-    model, calibration = train.load_foundation(out, "cpu")[0], train.load_calibration(args, foundation)
+    model = train.load_foundation(out, "cpu")[0]
+    calibration = train.load_calibration(args, model, foundation)
     train.prepare(model, METHODS[method], calibration, args)
     penalty = train.penalty_of(model, calibration, METHODS[method], 3.0)
     assert abs(penalty()) < 1e-6
@@ -379,15 +380,15 @@ def test_files_that_do_not_belong_are_refused(out, tmp_path, capsys):
     train.main(["pretrain", *PRETRAIN.split(), "--seed", "5", "--out", str(copy)])
     capsys.readouterr()
     said = failing(capsys, train.main, f"adapt --task code --method folora --out {copy}")
-    assert ("calibration.pt belongs to another foundation; make it again with: "
+    assert ("calibration.pt cannot be read (it belongs to another foundation); make it again with: "
             "python calibrate.py --task code") in said
     foundation = copy / "foundation.pt"
     foundation.write_bytes(foundation.read_bytes()[:1000])
     assert "foundation.pt cannot be read" in failing(capsys, calibrate.main, f"--task code --out {copy}")
     model_module.save(foundation, {"kind": "foundation", "settings": {"config": {}}, "model": {}})
-    assert "does not fit this model" in failing(capsys, calibrate.main, f"--task code --out {copy}")
+    assert "foundation.pt cannot be read (" in failing(capsys, calibrate.main, f"--task code --out {copy}")
     foundation.write_bytes((copy / "code" / "calibration.pt").read_bytes())
-    assert "is not a foundation" in failing(capsys, calibrate.main, f"--task code --out {copy}")
+    assert "it is not a foundation" in failing(capsys, calibrate.main, f"--task code --out {copy}")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(out, tmp_path, capsys):
