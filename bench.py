@@ -396,6 +396,8 @@ def describe(run, result):
 def compare(args, chosen):
     """Make what the comparison needs, then let workers do its runs."""
     out = ["--out", args.out]
+    train.parser().parse_args(["adapt", *shlex.split(args.adapt)])  # what is wrong is said before the work
+    calibrate.parser().parse_args(shlex.split(args.calibrate))
     train.main(["pretrain", *out, *shlex.split(args.pretrain)])
     if args.ablate:
         train.main(["pretrain", *shlex.split(f"{args.pretrain} {SMALL}"), "--out", f"{args.out}/small"])

@@ -8,12 +8,12 @@
 The first step and C_pre do not depend on the task: out/proxy.pt keeps them. `train.py adapt` solves
 C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
 """
-import argparse
 import collections
 import contextlib
 import hashlib
 import pathlib
 import random
+import re
 
 import torch
 from torch.nn import functional as F
@@ -22,8 +22,8 @@ from torch.nn.utils.rnn import pad_sequence
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
 from model import block_linears, generate, load, pick_device, reading, save
-from train import (add_options, add_task, check_measured, command, load_foundation, positive, response_batch,
-                   reusable, task_folder)
+from train import (Parser, add_options, add_task, check_measured, command, load_foundation, positive,
+                   response_batch, reusable, task_folder, whole)
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -241,8 +241,8 @@ def print_spectrum(layers):
 
 def calibrate(args):
     """Sample and measure, unless out/<task>/calibration.pt was made with the same settings and foundation."""
-    if not args.name.startswith("calibration"):
-        raise ValueError(f"name is {args.name}; it must start with calibration, as in calibration-prose")
+    if not re.fullmatch(r"calibration[\w.-]*", args.name):
+        raise ValueError(f"name is {args.name!r}; it must be like calibration or calibration-prose")
     path = task_folder(args) / f"{args.name}.pt"
     queries = [item.prompt
                for item in tasks.task_items(args.task, "train", args.queries, skip_bad=args.skip_bad)]
@@ -265,8 +265,7 @@ def calibrate(args):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n")[0])
     add_task(p)
     p.add_argument("--samples", type=positive, default=2000,
                    help="texts that the foundation writes, for C_pre")
@@ -277,10 +276,11 @@ def parser():
                    help="who writes the texts: own (the foundation); mixture, prose, source or facts (the "
                         "true pretraining text, all or one domain); or another --out folder's foundation")
     p.add_argument("--name", default="calibration", help="the file is out/<task>/<name>.pt")
-    p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")
+    p.add_argument("--min-new", type=whole, default=32,
+                   help="<|endoftext|> cannot come before so many tokens")
     p.add_argument("--max-new", type=positive, help="tokens a sample at most; default: the model's context")
     add_options(p, FILTERS)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole, default=0, help="of everything random")
     p.add_argument("--out", default="out", help="folder for all results")
     return p
 

@@ -13,6 +13,7 @@ template that the foundation has never seen, as fine-tuning does in life. Nothin
 import ast
 import functools
 import hashlib
+import io
 import json
 import pathlib
 import random
@@ -357,7 +358,7 @@ def task_items(task, split, count, seed=0, skip_bad=False):
 # ------------------------------------------------------------------------------------------------------------
 # Tasks from files
 
-LONGEST_ROW, LONGEST_TEXT = 2 ** 20, 2 ** 22  # bytes
+LONGEST_ROW, LONGEST_TEXT = 2 ** 20, 2 ** 22  # bytes, characters
 FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
 
 
@@ -369,9 +370,9 @@ def opened(path):
 
 
 def text_of(path):
-    """A text file's first LONGEST_TEXT bytes, far more than the rows that are asked for."""
-    with opened(path) as f:
-        return f.read(LONGEST_TEXT).decode("utf8", "replace")
+    """A text file's first LONGEST_TEXT characters, more than all rows that are asked for."""
+    with io.TextIOWrapper(opened(path), "utf8", "replace") as f:
+        return f.read(LONGEST_TEXT)
 
 
 def normalised(answer):

@@ -23,7 +23,12 @@ from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_l
                    write_whole)
 
 SAVE_EVERY = 500  # steps
-ADAPT = {  # option: (default, what it is)
+PRETRAIN = {  # option: (default, what it is)
+    "steps": (2300, "optimizer steps"), "batch": (16, "rows a step"), "context": (128, "tokens a row"),
+    "layers": (4, "blocks"), "heads": (4, "attention heads a block"), "width": (128, "channels"),
+    "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
+    "muon_lr": (0.015, "Muon's peak learning rate (matrices)")}
+ADAPT = {
     "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"), "steps": (200, "optimizer steps"),
     "batch": (16, "items a step"), "examples": (2000, "training items"),
     "lam": (1.0, "λ of the gate γ/(γ + λ)"), "s_min": (0.3, "the smallest gate"),
@@ -111,7 +116,7 @@ def first_not_finite(model, x):
         if not torch.isfinite(output).all():
             found.append(f"the output of {name}")
     handles = [layer.register_forward_hook(lambda layer, x, output, name=name: see(name, output))
-               for name, layer in model.named_modules() if name and not isinstance(layer, torch.nn.ModuleDict)]
+               for name, layer in model.named_modules() if name]
     with torch.no_grad(), autocast(x.device):
         model(x)
     for handle in handles:
@@ -139,6 +144,8 @@ def resume(partial, settings, trained, optimizers):
 
 def reusable(path, kind, settings):
     """Whether `path` holds this stage's result for exactly these settings; if so, say it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, where a file is to be written; move it away")
     try:
         same = path.exists() and load(path, kind, "")["settings"] == settings
     except ValueError:
@@ -227,12 +234,12 @@ def load_calibration(args, model, foundation):
     with reading(path, f"make it again with: {made_by}"):
         if calibration["settings"]["foundation"] != foundation:
             raise ValueError("it belongs to another foundation")
-        check_measured(model, calibration["layers"], calibration["samples"], ("C_pre", "C_task", "S_pre"))
+        check_measured(model, calibration["layers"], calibration["samples"], ["C_pre", "C_task", "S_pre"])
     return calibration
 
 
 def check_measured(model, layers, samples, moments):
-    """ValueError unless layers {layer: {moment: tensor}} and samples (N, longest) can come from this model."""
+    """ValueError unless {layer: {moment: tensor}} and samples (N, longest) can come from this model."""
     shapes = {f"{name} {key}": 2 * [layer.weight.shape[key[0] == "C"]]  # of C_pre, C_task (d_in, d_in)
               for name, layer in block_linears(model).items() for key in moments}
     check({f"{name} {key}": t for name, m in layers.items() for key, t in m.items()},
@@ -486,12 +493,24 @@ def command(main):
     """Run a command: what a user got wrong is one line and exit status 2, not a traceback."""
     try:
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's way to say it is used up
+            raise
+        print(f"error: {' '.join(str(error).split()) or 'not enough memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults; what is wrong is a ValueError like any other."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        raise ValueError(f"{message} ({self.prog} --help lists all options)")
 
 
 def add_task(p):
@@ -500,47 +519,50 @@ def add_task(p):
     p.add_argument("--skip-bad", action="store_true", help="leave out rows of files that are bad or too long")
 
 
+def number(kind, least):
+    """The argparse type of finite numbers from `least` on."""
+    most = 2 ** 63 - 1 if kind is int else sys.float_info.max
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is not a {'whole ' if kind is int else ''}number of {least} or more")
+        return value
+    return parse
+
+
+positive, whole, amount = number(int, 1), number(int, 0), number(float, 0)
+
+
 def add_options(p, options, positives=()):
     """An option for each entry of {name: (default, what it is)}."""
     for key, (default, said) in options.items():
-        kind = positive if key in positives else type(default)
+        kind = positive if key in positives else {int: whole, float: amount, str: str}[type(default)]
         p.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=said)
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
-
-
 def parser():
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    top = Parser(description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="pretrain | adapt | export")
-    p = commands.add_parser("pretrain", help="train the small foundation", formatter_class=formatter)
+    p = commands.add_parser("pretrain", help="train the small foundation")
     p.set_defaults(run=pretrain)
     p.add_argument("--foundation", default="tiny",
                    help=f"tiny, trained here with the options below; {', '.join(GPT2)}; or a checkpoint in "
                         "GPT-2's layout: a file, or a folder with config.json")
-    p.add_argument("--steps", type=positive, default=2300)
-    p.add_argument("--batch", type=positive, default=16, help="rows a step")
-    p.add_argument("--context", type=positive, default=128, help="tokens a row")
-    p.add_argument("--layers", type=positive, default=4)
-    p.add_argument("--heads", type=positive, default=4)
-    p.add_argument("--width", type=positive, default=128)
-    p.add_argument("--lr", type=float, default=6e-3,
-                   help="AdamW's peak learning rate (embeddings, biases, norms)")
-    p.add_argument("--muon-lr", type=float, default=0.015, help="Muon's peak learning rate (matrices)")
-    a = commands.add_parser("adapt", help="fine-tune the foundation on a task", formatter_class=formatter)
+    add_options(p, PRETRAIN, positives=("steps", "batch", "context", "layers", "heads", "width"))
+    a = commands.add_parser("adapt", help="fine-tune the foundation on a task")
     a.set_defaults(run=adapt)
     add_task(a)
-    a.add_argument("--method", default="folora-kl", help=f"one of {', '.join(METHODS)}")
-    a.add_argument("--lr", type=float,
+    a.add_argument("--method", default="folora-kl", choices=METHODS, metavar="METHOD",
+                   help=f"one of {', '.join(METHODS)}")
+    a.add_argument("--lr", type=amount,
                    help=f"peak learning rate; default by method: {LEARNING_RATES}, others {OTHER_RATE}")
     add_options(a, ADAPT, positives=("steps", "batch", "examples"))
-    e = commands.add_parser("export", help="write weights that transformers and PEFT read",
-                            formatter_class=formatter)
+    e = commands.add_parser("export", help="write weights that transformers and PEFT read")
     e.set_defaults(run=export)
     e.add_argument("--adapter", help="an adapter.pt; without one, the foundation itself")
     e.add_argument("--format", choices=["peft", "merged"], default="peft",
@@ -548,7 +570,7 @@ def parser():
     e.add_argument("--base", default="gpt2", help="what the PEFT adapter's config says of its base model")
     e.add_argument("--to", required=True, help="folder for the files")
     for sub in p, a:
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=whole, default=0, help="of everything random")
     for sub in p, a, e:
         sub.add_argument("--out", default="out", help="folder for all results")
     return top

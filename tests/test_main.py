@@ -284,19 +284,19 @@ def failing(capsys, main, arguments):
 
 @pytest.mark.parametrize("arguments, answer", [
     ("adapt --task poetry", "unknown task 'poetry'; the tasks are math, code, instruct"),
-    ("adapt --task code --method magic", "unknown method 'magic'; the methods are full, lora, "),
+    ("adapt --task code --method magic", "argument --method: invalid choice: 'magic' (choose from 'full'"),
     ("adapt --task code --method lora --rank 17", "rank is 17; a layer of"),
     ("adapt --task code --method folora --rank 0", "rank is 0; a layer of"),
     ("adapt --task code --method folora --lam 0", "lam is 0.0; λ must be a positive number"),
-    ("adapt --task code --method lora --lam -2", "lam is -2.0; λ must be a positive number"),
+    ("adapt --task code --method lora --lam -2", "argument --lam: '-2' is not a number of 0 or more"),
     ("adapt --task code --method folora --s-min 1.5", "s_min is 1.5; the smallest gate must lie in [0, 1]"),
-    ("adapt --task code --method folora --s-min nan", "s_min is nan"),
+    ("adapt --task code --method folora --s-min nan", "argument --s-min: 'nan' is not a number of 0 or more"),
     ("adapt --task code --method folora --tau 0", "tau is 0.0; the damping must be a positive number"),
-    ("adapt --task code --method lora --tau nan", "tau is nan"),
+    ("adapt --task code --method lora --tau nan", "'nan' is not a number"),
     ("adapt --task code --method folora --calibration other", "other.pt is missing; make it with: python"),
     ("adapt --task code --method replay --out /nowhere", "foundation.pt is missing"),
-    ("adapt --task code --method lora --lr -1", "lr is -1.0"),
-    ("adapt --task code --method lora --steps 0", "0 is not a positive whole number"),
+    ("adapt --task code --method lora --lr -1", "argument --lr: '-1' is not a number of 0 or more"),
+    ("adapt --task code --method lora --steps 0", "'0' is not a whole number of 1 or more"),
     ("adapt --task code --method lora --batch 99 --examples 8", "batch is 99"),
     ("adapt --task math --method folora",
      "calibration.pt is missing; make it with: python calibrate.py --task math"),
@@ -316,7 +316,7 @@ def test_what_a_user_gets_wrong_in_train(out, capsys, arguments, answer):
     ("--task poetry", "unknown task 'poetry'"),
     ("--source /nowhere",
      "/nowhere/foundation.pt is missing; make it with: python train.py pretrain --out /nowhere"),
-    ("--samples 0", "0 is not a positive whole number"), ("--max-new 999", "999"),
+    ("--samples 0", "'0' is not a whole number of 1 or more"), ("--max-new 999", "999"),
     ("--samples 5 --min-tokens 500", "only 0 of 5 samples passed the filters")])
 def test_what_a_user_gets_wrong_in_calibrate(out, capsys, arguments, answer):
     assert answer in failing(capsys, calibrate.main, f"{arguments} --out {out}")
