@@ -147,8 +147,8 @@ def reusable(path, kind, settings):
     if path.is_dir():
         raise ValueError(f"{path} is a folder, where a file is to be written; move it away")
     try:
-        same = path.exists() and load(path, kind, "")["settings"] == settings
-    except ValueError:
+        same = path.exists() and load(path, kind, "").get("settings") == settings
+    except (ValueError, RuntimeError):  # broken, or with tensors among its settings
         same = False
     if same:
         print(f"{path} is up to date")

@@ -8,7 +8,6 @@ A sample of the generated cases runs with the suite. All of them, and what they 
 import collections
 import contextlib
 import functools
-import io
 import json
 import os
 import pathlib
@@ -28,10 +27,9 @@ import calibrate
 import eval as evaluation
 import tasks
 import train
-from folora import METHODS
 from model import digest, load, read_gpt2, save
 
-PRETRAIN = "--steps 2 --batch 2 --layers 1 --heads 2 --width 8 --context 64"
+PRETRAIN = "--steps 2 --batch 2 --layers 1 --heads 2 --width 8"
 CALIBRATE = "--samples 8 --queries 8 --min-unique 0 --min-unique-fours 0 --max-run 200"
 ADAPT = "--steps 2 --batch 2 --examples 10 --rank 2"
 case_seeds = st.integers(0, 2 ** 32)
@@ -132,7 +130,8 @@ def test_every_flipped_bit_is_found_all_of_them(tmp_path):
 def mutated(rng, content):
     """(what was done, bytes): cut at every kind of length, flipped, spliced, repeated, overwritten, random."""
     n = len(content)
-    lengths = [0, 1, 3, 4, 21, 22, 23, 31, 32, 33, 53, 54, 55, 64, n // 2, n - 55, n - 54, n - 33, n - 31, n - 1]
+    lengths = [0, 1, 3, 4, 21, 22, 23, 31, 32, 33, 53, 54, 55, 64, n // 2, n - 1]
+    lengths += [max(0, n - less) for less in (55, 54, 33, 32, 31, 22)]
     where, size = rng.randrange(n), rng.choice([1, 2, 8, 64, 200])
     junk = rng.choice([rng.randbytes(size), bytes(size), b"\xff" * size, content[where // 2:where // 2 + size]])
     kind = rng.choice(["cut", "cut at any length", "flipped", "overwritten", "inserted", "removed", "twice",
@@ -187,17 +186,18 @@ def huge(path):
         def write():
             torch.save({"kind": "adapter", "t": torch.zeros(4)}, path)
             content = bytearray(path.read_bytes())
-            at = content.rindex(b"PK\1\2", 0, content.rindex(b"archive/data/0"))
+            at = content.rindex(b"x/data/0") - 46  # its entry in the archive's directory
+            assert content[at:at + 4] == b"PK\1\2"
             for offset in claims["offsets"]:
                 content[at + offset:at + offset + 4] = (4_000_000_000).to_bytes(4, "little")
             path.write_bytes(bytes(content))
         return write
 
     def compressed():
-        torch.save({"kind": "adapter", "t": torch.zeros(2 ** 26)}, path)
+        torch.save({"kind": "adapter", "t": torch.zeros(2 ** 25)}, path)
         with zipfile.ZipFile(path) as plain:
             records = {name: plain.read(name) for name in plain.namelist()}
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, data in records.items():
                 archive.writestr(name, data)
 
@@ -281,7 +281,7 @@ def spoil(rng, content):
     content[key] = {"junk": lambda: rng.choice(JUNK),
                     "shape": lambda: below[None] if below.dim() < 2 else below[1:],
                     "type": lambda: below.to(rng.choice([torch.float16, torch.int64, torch.complex64])),
-                    "strides": lambda: below.flatten()[:1].expand(below.shape), "sparse": below.to_sparse,
+                    "strides": lambda: below.flatten()[:1].expand(below.shape), "sparse": lambda: below.to_sparse(),
                     "huge": lambda: below.flatten()[:1].expand(10 ** 10)}[way]()
     return way
 
@@ -308,7 +308,7 @@ def flat(content):
 
 def spoilt_checkpoint(out, rng):
     """One of the five kinds, one entry made wrong under a right digest, read where it is used."""
-    kind = rng.choice(["foundation", "calibration", "proxy", "folora", "full"])
+    kind = rng.choice(["foundation", "calibration", "folora", "full"] * 3 + ["proxy"])  # which is made again
     path, read = reading_again(out, kind)
     before, expected, original = path.read_bytes(), read(), torch.load(path, weights_only=True)
     way = spoil(rng, original)
@@ -320,7 +320,7 @@ def spoilt_checkpoint(out, rng):
         path.write_bytes(before)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(seed=case_seeds)
 def test_spoilt_checkpoints_are_refused_where_they_are_read(out, seed):
     spoilt_checkpoint(out, random.Random(seed))
@@ -640,9 +640,8 @@ def test_help_says_what_every_option_is_and_its_default(parser):
     shown = " ".join(parser.format_help().split())
     for action in parser._actions:
         assert action.help, action.option_strings
-        if action.default not in (None, "==SUPPRESS==", False) and not action.required:
-            assert "(default: " in parser._get_formatter()._expand_help(action) + (
-                "(default: " if "%(default)" in action.help else ""), action.option_strings
-            assert str(action.default) in shown, action.option_strings
+        if action.default not in (None, "==SUPPRESS==") and action.default is not False:
+            assert f"(default: {action.default})" in parser._get_formatter()._expand_help(action) or \
+                f"(default: {action.default})" in shown, action.option_strings
         elif action.option_strings and action.nargs is None and not action.required:
-            assert any(word in action.help for word in ("default", "without", "with --report", "several")), action
+            assert any(word in action.help for word in ("default", "without", "with --report", "several"))
