@@ -544,7 +544,6 @@ WORDS = ("-1", "0", "1", "2", "-0.0", "0.5", "nan", "inf", "-inf", "1e999", "1e-
          "{jsonl}", "{text}", "{pipe}.jsonl", "{pt}", "\udcff.jsonl", "x" * 300, "*", "a b", "'", "--", "[1]", "λ", "math",
          "code", "instruct", "lora", "folora", "folora-kl", "full", "own", "facts", "calibration-x", "calibration/../x",
          "peft", "merged", "test", "valid", "--steps 0", "--nonsense 1", "--seed '", "--lr nan", "--width 7", "tiny")
-LONG = {"--foundation gpt2"}  # downloads
 
 
 def command_line(rng, names, out):
@@ -566,6 +565,8 @@ def command_line(rng, names, out):
     for _ in range(rng.randint(0, 3)):
         action = rng.choice([a for a in parser._actions if a.option_strings])
         word = rng.choice(WORDS).format(**names)
+        if action.option_strings[-1] in stages:
+            word = f"{stages[stages.index(action.option_strings[-1]) + 1]} {word}"  # still micro
         given += [action.option_strings[-1], *([word] if action.nargs is None else
                                                [word, rng.choice(WORDS).format(**names)][:rng.randint(0, 2)])]
     return main, rng.sample(given, len(given)) if rng.random() < 0.03 else given
@@ -620,6 +621,7 @@ def names(out, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: bench)
     monkeypatch.setattr(bench, "Process", Worker, raising=False)
+    monkeypatch.setattr(bench, "CALIBRATIONS", {"small": "--source {out}/small"})
     monkeypatch.setattr(bench, "step_times", lambda *given: {})
     return {"dir": tmp_path, "file": tmp_path / "x", "jsonl": tmp_path / "x.jsonl", "text": tmp_path / "x.txt",
             "pipe": tmp_path / "pipe", "pt": out / "proxy.pt"}
