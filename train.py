@@ -90,8 +90,9 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         losses.append(loss.item())
         if not math.isfinite(losses[-1] + norm.item()):
-            raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in "
-                             f"{first_not_finite(model, lambda: loss_on(x, y))}; try a smaller --lr than {settings['lr']}")
+            where = first_not_finite(model, lambda: loss_on(x, y))
+            raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in {where}; "
+                             f"try a smaller --lr than {settings['lr']}")
         for optimizer in optimizers:
             optimizer.step()
         tokens += x.numel()
@@ -134,9 +135,10 @@ def resume(partial, settings, trained, optimizers):
     if not partial.exists():
         return 0, []
     state = load(partial, "partial", "the same command again")
-    if state["settings"] != settings:
-        return 0, []
-    with torch.no_grad():
+    with reading(partial, "delete it; the same command then starts anew"), torch.no_grad():
+        if state["settings"] != settings:
+            return 0, []
+        check(state["parameters"], trained)
         for name, p in trained.items():
             p.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):

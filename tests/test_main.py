@@ -416,8 +416,8 @@ class Spoilt(torch.autograd.Function):
     (float("nan"), 1, "the output of transformer.h.1.mlp.c_fc"),
     (float("inf"), 1, "the output of transformer.h.1.mlp.c_fc"),
     (1, float("nan"), "the gradient of transformer.h.1.mlp.c_fc.bias")])
-def test_what_went_wrong_is_named_and_the_last_good_save_kept(tmp_path, monkeypatch, forwards, backwards, answer):
-    """One layer gives NaN or infinity from step 6 on: the run stops there, with what it saved after step 4."""
+def test_what_went_wrong_is_named_and_the_last_save_kept(tmp_path, monkeypatch, forwards, backwards, answer):
+    """One layer gives NaN or infinity from step 6 on: the run stops there; what it saved at step 4 stays."""
     monkeypatch.setattr(train, "SAVE_EVERY", 2)
     torch.manual_seed(0)
     model = model_module.GPT(model_module.GPTConfig(16, 257, 3, 2, 8))
