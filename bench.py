@@ -377,6 +377,8 @@ def describe(run, result):
 def compare(args, chosen):
     """Make what the comparison needs, then let workers do its runs."""
     out = ["--out", args.out]
+    train.parser().parse_args(["adapt", *shlex.split(args.adapt)])  # what is wrong is said before the work
+    calibrate.parser().parse_args(shlex.split(args.calibrate))
     train.main(["pretrain", *out, *shlex.split(args.pretrain)])
     if args.ablate:
         train.main(["pretrain", *shlex.split(f"{args.pretrain} {SMALL}"), "--out", f"{args.out}/small"])
@@ -513,7 +515,7 @@ def step_times(study, methods=COMPARED, rounds=9, steps=4):
             args = study.args((study.tasks[0], method, 4, 0, ("--steps", str(steps))))
             model, foundation = load_foundation(args.out, study.device)
             how = METHODS[method]
-            calibration = train.load_calibration(args, foundation) if how.calibrated else None
+            calibration = train.load_calibration(args, model, foundation) if how.calibrated else None
             items = tasks.task_items(args.task, "train", args.examples)
             runs[method] = args, model, train.ready(args, model, how, calibration, items)
         for _ in range(1 + rounds):

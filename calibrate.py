@@ -8,12 +8,11 @@
 The first step and C_pre do not depend on the task: out/proxy.pt keeps them. `train.py adapt` solves
 C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
 """
-import argparse
 import collections
-import contextlib
 import hashlib
 import pathlib
 import random
+import re
 
 import torch
 from torch.nn import functional as F
@@ -21,9 +20,10 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
-from model import add_up, block_linears, gathered, generate, load, own_share, pick_device, processes
-from train import (add_options, add_task, command, load_foundation, positive, response_batch, stage,
-                   task_folder)
+from model import (add_up, block_linears, gathered, generate, load, own_share, pick_device, processes, reading,
+                   watching)
+from train import (Parser, add_options, add_task, check_measured, command, load_foundation, positive,
+                   response_batch, stage, task_folder, whole)
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -101,21 +101,6 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 # ------------------------------------------------------------------------------------------------------------
 # Measure
 
-@contextlib.contextmanager
-def watching(layers, see, outputs=False):
-    """Call see(name, input) before each of {name: layer} runs, or see(name, output) after it; the hooks are
-    gone afterwards, also after an error."""
-    handles = [layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, output))
-               if outputs else
-               layer.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
-               for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 @torch.inference_mode()
 def second_moments(model, rows, batch=64):
     """{layer name: E[x xᵀ] (d_in, d_in) float64} over all tokens of `rows` (token lists), in one pass.
@@ -182,7 +167,11 @@ def proxy(args, model, foundation):
                     seed=args.seed)
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
     stage(path, "proxy", settings, lambda: measure_proxy(args, model, writer, limits, encoding))
-    return load(path, "proxy", "python calibrate.py")
+    old, moments = load(path, "proxy", "python calibrate.py"), ("C_pre", "S_pre")
+    with reading(path, "delete it and make it again with: python calibrate.py"):
+        check_measured(model, {name: {key: old[key][name] for key in moments} for name in old["C_pre"]},
+                       old["samples"], moments)
+    return old
 
 
 def measure_proxy(args, model, writer, limits, encoding):
@@ -242,8 +231,8 @@ def print_spectrum(layers):
 
 def calibrate(args):
     """Sample and measure, unless out/<task>/calibration.pt was made with the same settings and foundation."""
-    if not args.name.startswith("calibration"):
-        raise ValueError(f"name is {args.name}; it must start with calibration, as in calibration-prose")
+    if not re.fullmatch(r"calibration[\w.-]*", args.name):
+        raise ValueError(f"name is {args.name!r}; it must be like calibration or calibration-prose")
     path = task_folder(args) / f"{args.name}.pt"
     queries = [item.prompt
                for item in tasks.task_items(args.task, "train", args.queries, skip_bad=args.skip_bad)]
@@ -268,8 +257,7 @@ def measure(args, model, queries, encoding, old):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n")[0])
     add_task(p)
     p.add_argument("--samples", type=positive, default=2000,
                    help="texts that the foundation writes, for C_pre")
@@ -280,10 +268,11 @@ def parser():
                    help="who writes the texts: own (the foundation); mixture, prose, source or facts (the "
                         "true pretraining text, all or one domain); or another --out folder's foundation")
     p.add_argument("--name", default="calibration", help="the file is out/<task>/<name>.pt")
-    p.add_argument("--min-new", type=int, default=32, help="<|endoftext|> cannot come before so many tokens")
+    p.add_argument("--min-new", type=whole, default=32,
+                   help="<|endoftext|> cannot come before so many tokens")
     p.add_argument("--max-new", type=positive, help="tokens a sample at most; default: the model's context")
     add_options(p, FILTERS)
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=whole, default=0, help="of everything random")
     p.add_argument("--out", default="out", help="folder for all results")
     return p
 

@@ -9,7 +9,6 @@ A target task is scored by its checker and kept knowledge by exact match, both o
 held-out prose and source in bits per byte (lower is better). Avg1 is the mean of the kept scores, Avg2 the
 target score, GM = √(Avg1·Avg2).
 """
-import argparse
 import json
 import math
 import pathlib
@@ -23,7 +22,7 @@ import calibrate
 import tasks
 import train
 from model import claimed, fingerprint, generate, pick_device, write_whole
-from train import (add_task, command, fitting, load_adapter, load_foundation, loss_of, positive,
+from train import (Parser, add_task, command, fitting, load_adapter, load_foundation, loss_of, positive,
                    response_batch, response_row)
 
 METHODS = ["lora", "folora", "folora-kl"]  # the main job's
@@ -124,7 +123,7 @@ def fitting_items(args, config):
 def scores_of(path, model, items, args):
     """Scores of a model, kept as JSON at `path` for as long as its weights and the items are the same."""
     text = [file for file in args.keep if file.endswith(".txt")] or tasks.LIBRARY
-    files = [pathlib.Path(file).read_text("utf8", "replace") for file in args.keep]
+    files = [tasks.text_of(file) for file in args.keep]
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
                 "keep": tasks.fingerprint(files), "python": platform.python_version()}
@@ -147,9 +146,9 @@ def kept(path, identity, make, wait=True):
 def on_disk(path, identity):
     """What stands in the JSON file `path` if it was made for `identity`, else None."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text()) if path.is_file() else {}
         return content if content["identity"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # missing or unreadable: made again
 
 
@@ -194,21 +193,27 @@ def main_job(args):
     for file in args.keep:
         if not file.endswith((".jsonl", ".txt")):
             raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
+        tasks.text_of(file)
     items_of(args.task, args.split, 1, args.eval, args.keep, args.skip_bad)  # what is bad is named at once
     began, out, folder = time.time(), ["--out", args.out], train.task_folder(args)
     task = ["--task", args.task, *(["--skip-bad"] if args.skip_bad else [])]
+    parse = train.parser().parse_args  # all stages' options, before the first one works
+    pretrain = parse(["pretrain", *out, *shlex.split(args.pretrain)])
+    measure = calibrate.parser().parse_args([*task, *out, *shlex.split(args.calibrate)])
+    adapt = [parse(["adapt", *task, "--method", method, *out, *shlex.split(args.adapt)])
+             for method in args.methods]
 
     def stage(title):
         print(f"\n== {title} ({time.time() - began:.0f} s) ==", flush=True)
 
     stage("pretrain: the foundation")
-    train.main(["pretrain", *out, *shlex.split(args.pretrain)])
+    pretrain.run(pretrain)
     stage("calibrate: what the foundation uses, what the task uses")
-    calibrate.main([*task, *out, *shlex.split(args.calibrate)])
+    calibrate.calibrate(measure)
     runs = {}
-    for method in args.methods:
-        stage(f"adapt: {method}")
-        runs[method] = train.main(["adapt", *task, "--method", method, *out, *shlex.split(args.adapt)])
+    for run in adapt:
+        stage(f"adapt: {run.method}")
+        runs[run.method] = run.run(run)
     stage(f"evaluate on {args.split} items")
     device = pick_device()
     foundation, _ = load_foundation(args.out, device)
@@ -228,8 +233,7 @@ def main_job(args):
 
 
 def parser():
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(description=__doc__.split("\n")[0])
     add_task(p)
     p.add_argument("--eval", metavar="FILE",
                    help="a .jsonl file to test the task on; default: what is held out of the task itself")

@@ -13,9 +13,12 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import pathlib
 import sys
+import warnings
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +41,14 @@ class GPTConfig:
     n_embd: int = 128
     gelu: str = "none"      # or GPT-2's "tanh", the same to 0.001 and four times slower on a CPU
     encoding: str = "bytes"  # what a token is: see tasks.encoding_called
+
+    def __post_init__(self):
+        for name in "block_size", "vocab_size", "n_layer", "n_head", "n_embd":
+            value, most = getattr(self, name), 1000 if name == "n_layer" else 2 ** 20
+            if type(value) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"width is {self.n_embd}; it must be a multiple of heads, {self.n_head}")
 
 
 class KVCache:
@@ -223,6 +234,8 @@ class LoRALinear(nn.Module):
         d_out, d_in = linear.weight.shape
         if not 1 <= r <= min(d_in, d_out):
             raise ValueError(f"rank is {r}; a layer of {d_out} x {d_in} takes 1 to {min(d_in, d_out)}")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale is {scale}; κ must be a positive number")
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
         for name, shape in ("A", (r, d_in)), ("B", (d_out, r)):
             self.register_parameter(f"lora_{name}", nn.Parameter(self.weight.new_zeros(shape)))
@@ -271,6 +284,21 @@ def block_linears(model, kind=nn.Linear):
     """{name: layer} of every linear projection in the transformer's blocks: what LoRA adapts."""
     return {name: m for name, m in model.named_modules()
             if isinstance(m, kind) and name.startswith("transformer.h.")}
+
+
+@contextlib.contextmanager
+def watching(layers, see, outputs=False):
+    """Call see(name, input) before each of {name: layer} runs, or see(name, output) after it; the hooks are
+    gone afterwards, also after an error."""
+    handles = [layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, output))
+               if outputs else
+               layer.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
+               for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def add_lora(model, r, scale=1.0):
@@ -325,17 +353,12 @@ def from_gpt2(weights, n_head=None):
         raise ValueError("wte.weight and wpe.weight are not there as matrices: these are not GPT-2's weights")
     (vocab, C), (T, _) = shapes
     n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
-    n_head = n_head or C // 64
-    if not n_layer or not n_head or C % n_head:
-        raise ValueError(f"{n_layer} blocks of {n_head} heads and {C} channels: this is not a GPT-2")
-    model = GPT(GPTConfig(T, vocab, n_layer, n_head, C, gelu="tanh", encoding="gpt2"))
-    layout = gpt2_layout(model)
-    for name in sorted(weights.keys() ^ layout.keys()):
-        raise ValueError(f"{name} is {'missing' if name in layout else 'unknown'}: not GPT-2's layout")
-    for name, own in layout.items():
-        if weights[name].shape != own.shape:
-            raise ValueError(f"{name} has the shape {tuple(weights[name].shape)}; GPT-2's layout has "
-                             f"{tuple(own.shape)} there")
+    config = GPTConfig(T, vocab, n_layer, max(1, C // 64) if n_head is None else n_head, C, "tanh", "gpt2")
+    weights = {name: t.float() if t.is_floating_point() else t for name, t in weights.items()}
+    with torch.device("meta"):
+        check(weights, gpt2_layout(GPT(config)))
+    model = GPT(config)
+    for name, own in gpt2_layout(model).items():
         own.copy_(weights[name])
     if output is not None and not torch.equal(output.to(model.lm_head.weight), model.lm_head.weight):
         raise ValueError("lm_head.weight is not wte.weight; GPT-2 ties them")
@@ -344,7 +367,8 @@ def from_gpt2(weights, n_head=None):
 
 def read_gpt2(source):
     """(weights, n_head or None) of one of GPT2's names, downloaded once, or of a folder or file on disk."""
-    path, n_head = pathlib.Path(source), None
+    path, n_head, advice = pathlib.Path(source), None, (
+        f"give one of {', '.join(GPT2)}, or a whole pytorch_model.bin or model.safetensors")
     if source in GPT2:
         path = pathlib.Path(torch.hub.get_dir()) / "checkpoints" / f"{source}.bin"
         if not path.exists():
@@ -355,20 +379,17 @@ def read_gpt2(source):
                 raise ValueError(f"{source} cannot be downloaded ({error}); fetch {GPT2[source]} elsewhere "
                                  "and give its path")
     elif path.is_dir():
-        if (path / "config.json").exists():
-            n_head = json.loads((path / "config.json").read_text()).get("n_head")
+        config = path / "config.json"
+        if config.is_file():
+            with reading(config, "give a folder whose config.json is GPT-2's"):
+                n_head = json.loads(config.read_bytes()).get("n_head")
         path = next((path / name for name in ("model.safetensors", "pytorch_model.bin")
                      if (path / name).exists()), path / "pytorch_model.bin")
-    try:
+    with reading(path, advice):
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
-            return load_file(path), n_head
-        return torch.load(path, map_location="cpu", weights_only=True), n_head
-    except ImportError:
-        raise ValueError(f"{path} needs the package safetensors: pip install safetensors")
-    except Exception as error:  # missing, truncated, or not plain tensors
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:80]}); give one of "
-                         f"{', '.join(GPT2)}, or a whole pytorch_model.bin or model.safetensors")
+            return vetted(load_file(path)), n_head
+        return unpacked(path), n_head
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -488,21 +509,95 @@ def write_whole(path, write):
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def reading(path, advice):
+    """Whatever is wrong with a file's content becomes one line, a ValueError: the file, the reason, what to
+    do."""
+    if not path.is_file():  # to open a pipe would be to wait for ever
+        raise ValueError(f"{path} cannot be read (it is missing, or not a file); {advice}")
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be read ({kind}{' '.join(str(error).split())[:150]}); "
+                         f"{advice}") from None
+
+
+def vetted(content, most=math.inf):
+    """The content if all tensors in its nested dicts and lists are plain, finite, and together of at most
+    `most` bytes: a small file's strides of 0 can claim any size. ValueError names a tensor that is not."""
+    tensors, waiting, seen = [], [("", content)], set()
+    while waiting:
+        name, part = waiting.pop()
+        if torch.is_tensor(part):
+            tensors.append((name, part))
+        elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
+            seen.add(id(part))  # visited once: a list can hold itself
+            pairs = part.items() if isinstance(part, dict) else enumerate(part)
+            waiting += [(f"{name} {key}"[-100:].strip(), value) for key, value in pairs]
+    if sum(t.nbytes for _, t in tensors) > most:
+        raise ValueError("its tensors claim to be larger than the file")
+    for name, t in tensors:
+        if t.layout != torch.strided or not torch.isfinite(t).all():
+            raise ValueError(f"{name} is sparse, or holds NaN or infinity")
+    return content
+
+
+def unpacked(path):
+    """What torch.save wrote: tensors and plain values only. Executes nothing, and takes no more memory than
+    the file's size warrants."""
+    size = path.stat().st_size
+    if zipfile.is_zipfile(path):  # not so GPT-2's own weights, in torch's older format
+        with zipfile.ZipFile(path) as archive:
+            if sum(record.file_size for record in archive.infolist()) > size or archive.testzip():
+                raise ValueError("it is damaged, or claims to be larger than it is")
+    with warnings.catch_warnings(action="ignore"):  # remarks on what a broken file seems to be
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return vetted(content, 2 * size)  # tied weights stand there once
+
+
+def check(found, expected):
+    """ValueError names a tensor that is missing, unknown, or of another shape or type than expected; both are
+    {name: tensor}."""
+    for name in sorted(found.keys() ^ expected.keys(), key=str):
+        raise ValueError(f"{name} is {'missing' if name in expected else 'unknown'}")
+    for name, own in expected.items():
+        shape, dtype = tuple(found[name].shape), found[name].dtype
+        if (shape, dtype) != (tuple(own.shape), own.dtype):
+            raise ValueError(f"{name} has the shape {shape} and type {dtype}; {tuple(own.shape)} and "
+                             f"{own.dtype} would be right")
+
+
+def digest(path, end=None):
+    """SHA-256 of a file's bytes, or of those before position `end`."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as whole:
+        return hashlib.sha256(memoryview(whole)[:end]).digest()
+
+
 def save(path, content):
-    """Write a checkpoint: a dict of tensors and plain values, with its "kind" and "settings"."""
-    write_whole(path, lambda f: torch.save(content, f))
+    """Write a checkpoint: a dict of tensors and plain values, with its "kind" and "settings". The SHA-256
+    of torch's archive stands behind it. ValueError, and nothing is written, when a tensor is not finite."""
+    vetted(content)
+
+    def write(f):
+        torch.save(content, f)
+        f.flush()
+        f.write(digest(f.name))
+    write_whole(path, write)
 
 
 def load(path, kind, made_by):
-    """Read a checkpoint (tensors and plain values only); ValueError says which command makes one."""
+    """Read a checkpoint (tensors and plain values only); ValueError says what is wrong with it and which
+    command makes one."""
     if not path.exists():
         raise ValueError(f"{path} is missing; make it with: {made_by}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # truncated, foreign, or a pickle that is not plain data
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}); "
-                         f"delete it and make it again with: {made_by}")
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise ValueError(f"{path} is not a {kind} of this project; "
-                         f"delete it and make it again with: {made_by}")
+    with reading(path, f"delete it and make it again with: {made_by}"):
+        with open(path, "rb") as f:
+            f.seek(-54, os.SEEK_END)
+            end = f.read()  # what ends a zip archive, 22 bytes, and the digest; older files have none
+        if end[32:36] != b"PK\5\6" and (end[:4] != b"PK\5\6" or end[22:] != digest(path, -32)):
+            raise ValueError("its checksum does not fit: it is damaged")
+        content = unpacked(path)
+        if not isinstance(content, dict) or content.get("kind") != kind:
+            raise ValueError(f"it is not a {kind} of this project")
     return content

@@ -13,6 +13,7 @@ template that the foundation has never seen, as fine-tuning does in life. Nothin
 import ast
 import functools
 import hashlib
+import io
 import itertools
 import json
 import pathlib
@@ -204,7 +205,7 @@ class Chunks:
     """Token chunks of one long text, each starting at the start of a line."""
 
     def __init__(self, text, encode):
-        lines = [np.array(encode(line), dtype=np.int32) for line in text.splitlines(keepends=True)]
+        lines = [np.array(encode(line), dtype=np.int32) for line in text.splitlines(keepends=True) or [""]]
         self.tokens = np.concatenate(lines)
         self.starts = np.cumsum([0] + [len(line) for line in lines[:-1]])
 
@@ -302,7 +303,7 @@ def math_item(rng):
 
 def final_number(text):
     """The number that ends a text after ####, GSM8K's rule; None where there is none."""
-    found = re.search(r"####\s*(-?[\d,]*\.?\d+)\s*$", text)
+    found = re.search(r"####\s*(-?[\d,]*\.?\d+)$", text.rstrip()[-200:])  # the search is quadratic
     return float(found[1].replace(",", "")) if found else None
 
 
@@ -414,7 +415,21 @@ def task_items(task, split, count, seed=0, skip_bad=False):
 # ------------------------------------------------------------------------------------------------------------
 # Tasks from files
 
+LONGEST_ROW, LONGEST_TEXT = 2 ** 20, 2 ** 22  # bytes, characters
 FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
+
+
+def opened(path):
+    """A user's file, as bytes; ValueError when it is none. (To open a pipe would be to wait for ever.)"""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"{path} is missing, or not a file")
+    return open(path, "rb")
+
+
+def text_of(path):
+    """A text file's first LONGEST_TEXT characters, more than all rows that are asked for."""
+    with io.TextIOWrapper(opened(path), "utf8", "replace") as f:
+        return f.read(LONGEST_TEXT)
 
 
 def normalised(answer):
@@ -449,19 +464,25 @@ def item_of(row):
 def file_items(path, skip_bad=False):
     """The items of a JSONL file, in its order. ValueError names the first bad row by its line; `skip_bad`
     leaves bad rows out and says how many. Unless every item has a check all go by likelihood."""
-    items, bad = [], []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
+    items, bad, first = [], 0, ""
+    with opened(path) as lines:
+        rows = iter(lambda: lines.readline(LONGEST_ROW), b"")
+        for number, line in enumerate(rows, 1):
+            where = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
-                items.append(replace(item_of(json.loads(line)), where=f"{path}, line {number}"))
+                if len(line) == LONGEST_ROW:
+                    while not line.endswith(b"\n") and (line := lines.readline(LONGEST_ROW)):
+                        pass
+                    raise ValueError(f"a row must be shorter than {LONGEST_ROW:,} bytes")
+                items.append(replace(item_of(json.loads(line)), where=where))
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, not a task's row
-                bad.append(f"{path}, line {number}: {error}")
+                bad, first = bad + 1, first or f"{where}: {error}"
     if bad and not skip_bad:
-        raise ValueError(f"{bad[0]} ({len(bad)} bad rows in all; --skip-bad leaves them out)")
+        raise ValueError(f"{first} ({bad} bad rows in all; --skip-bad leaves them out)")
     if bad:
-        print(f"  {path}: {len(bad)} bad rows left out, the first is {bad[0]}")
+        print(f"  {path}: {bad} bad rows left out, the first is {first}")
     return items if all(item.check for item in items) else [replace(item, check=None) for item in items]
 
 
@@ -491,7 +512,7 @@ def held_out_rows(kind, split, encoding, length, most=256):
 
     Like every document they start at the start of a line; they do not overlap.
     """
-    text = pathlib.Path(kind).read_text("utf8", "replace") if kind.endswith(".txt") else library_text(kind)[1]
+    text = text_of(kind) if kind.endswith(".txt") else library_text(kind)[1]
     chunks, rows, end = Chunks(text, encoding.encode_ordinary), [], 0
     for start in chunks.starts[chunks.starts <= len(chunks.tokens) - length]:
         if start >= end:

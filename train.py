@@ -20,12 +20,17 @@ from torch.nn import functional as F
 
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
-from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, claimed,
+from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, check, claimed,
                    fingerprint, from_gpt2, gpt2_layout, join_processes, load, merge_lora, own_share,
-                   pick_device, processes, read_gpt2, save, together, write_whole)
+                   pick_device, processes, read_gpt2, reading, save, together, watching, write_whole)
 
 SAVE_EVERY = 30  # seconds
-ADAPT = {  # option: (default, what it is)
+PRETRAIN = {  # option: (default, what it is)
+    "steps": (2300, "optimizer steps"), "batch": (16, "rows a step"), "context": (128, "tokens a row"),
+    "layers": (4, "blocks"), "heads": (4, "attention heads a block"), "width": (128, "channels"),
+    "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
+    "muon_lr": (0.015, "Muon's peak learning rate (matrices)")}
+ADAPT = {
     "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"), "steps": (200, "optimizer steps"),
     "batch": (16, "items a step"), "examples": (2000, "training items"),
     "lam": (1.0, "λ of the gate γ/(γ + λ)"), "s_min": (0.3, "the smallest gate"),
@@ -75,7 +80,7 @@ def ctrl_c_noted():
         signal.signal(signal.SIGINT, before)
 
 
-def gradients(model, x, y, penalty=None, parts=1):
+def gradients(model, x, y, penalty, parts=1):
     """Set the gradients of loss + penalty on a batch x, y (B, T) and return its value. Each process takes
     its share of the rows, in `parts` smaller batches one after another, which need less memory."""
     whole, total, count = (y != -100).sum(), 0, parts * processes()[1]
@@ -84,15 +89,15 @@ def gradients(model, x, y, penalty=None, parts=1):
     x, y = own_share(x), own_share(y)
     for i in range(parts):
         portion = (y[i::parts] != -100).sum() / whole  # of the batch's targets
-        loss = loss_of(model, x[i::parts], y[i::parts]) * portion + (penalty() / count if penalty else 0)
+        loss = loss_of(model, x[i::parts], y[i::parts]) * portion + penalty() / count
         loss.backward()
         total = total + loss.detach()
     add_up([total, *(p.grad for p in model.parameters() if p.grad is not None)])
     return total.item()
 
 
-def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, penalty=None,
-        after=None, parts=1):
+def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, after=None,
+        penalty=lambda: 0, parts=1):
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
@@ -116,7 +121,8 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
             losses.append(gradients(model, x, y, penalty, parts))
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
             if not math.isfinite(losses[-1] + norm.item()):
-                raise ValueError(f"loss or gradient is not finite at step {step + 1}; "
+                where = first_not_finite(model, lambda: gradients(model, x, y, penalty))
+                raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in {where}; "
                                  f"try a smaller --lr than {settings['lr']}")
             for optimizer in optimizers:
                 optimizer.step()
@@ -139,14 +145,31 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     return losses
 
 
+def first_not_finite(model, again):
+    """Where again(), which repeats a step's passes, goes wrong: the first layer, in the order they run, whose output is not finite, else the
+    first parameter on the way back with such a gradient."""
+    found, layers = [], {name: layer for name, layer in model.named_modules() if name}
+
+    def see(name, t):
+        if t is not None and not torch.isfinite(t).all():
+            found.append(name)
+    model.zero_grad(set_to_none=True)  # clipping has spread what is not finite over all gradients
+    with watching(layers, lambda name, y: see(f"the output of {name}", y), outputs=True):
+        again()
+    for name, p in reversed(list(model.named_parameters())):
+        see(f"the gradient of {name}", p.grad)
+    return found[0] if found else "their size"
+
+
 def resume(partial, settings, trained, optimizers):
     """(step, losses) to go on from: those of an interrupted run of the same settings, else 0 and none."""
     if not partial.exists():
         return 0, []
     state = load(partial, "partial", "the same command again")
-    if state["settings"] != settings:
-        return 0, []
-    with torch.no_grad():
+    with reading(partial, "delete it; the same command then starts anew"), torch.no_grad():
+        if state["settings"] != settings:
+            return 0, []
+        check(state["parameters"], trained)
         for name, p in trained.items():
             p.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -171,9 +194,11 @@ def stage(path, kind, settings, make):
 
 def reusable(path, kind, settings):
     """Whether `path` holds this stage's result for exactly these settings; if so, say it."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, where a file is to be written; move it away")
     try:
-        same = path.exists() and load(path, kind, "")["settings"] == settings
-    except ValueError:
+        same = path.exists() and load(path, kind, "").get("settings") == settings
+    except (ValueError, RuntimeError):  # broken, or with tensors among its settings
         same = False
     if same:
         print(f"{path} is up to date")
@@ -192,13 +217,12 @@ def pretrain(args):
         settings = {"config": vars(model.config), "source": fingerprint(model.state_dict())}
         stage(path, "foundation", settings, lambda: {"model": model.state_dict()})
         return
-    if args.width % args.heads:
-        raise ValueError(f"width is {args.width}; it must be a multiple of heads, {args.heads}")
     encoding = tasks.encoding_called(args.encoding)
     text = tasks.TextFiles(args.data, encoding, args.out) if args.data else tasks.PretrainingMixture(encoding)
     config = dict(block_size=args.context, n_layer=args.layers, n_head=args.heads, n_embd=args.width)
     if args.encoding != "bytes":
         config |= dict(vocab_size=encoding.n_vocab, encoding=args.encoding)
+    GPTConfig(**config)  # refused before any work
     settings = dict(config=config, steps=args.steps, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
                     seed=args.seed, text=text.fingerprint())
     stage(path, "foundation", settings, lambda: train_foundation(args, settings, text, path))
@@ -235,11 +259,14 @@ def load_foundation(out, device):
     """(model, fingerprint of its weights)."""
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
     saved = load(path, "foundation", made_by)
-    try:
-        model = GPT(GPTConfig(**saved["settings"]["config"]))
+    with reading(path, f"delete it and make it again with: {made_by}"):
+        config = GPTConfig(**saved["settings"]["config"])
+        with torch.device("meta"):  # a hostile file may ask for more than fits
+            check(saved["model"], GPT(config).state_dict())
+        if tasks.encoding_called(config.encoding).n_vocab > config.vocab_size:
+            raise ValueError(f"it has {config.vocab_size} tokens, too few for {config.encoding}")
+        model = GPT(config)
         model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, RuntimeError):  # names or shapes that are not this model's
-        raise ValueError(f"{path} does not fit this model; delete it and make it again with: {made_by}")
     return model.to(device).eval(), fingerprint(saved["model"])
 
 
@@ -251,13 +278,26 @@ def task_folder(args):
     return pathlib.Path(args.out) / pathlib.Path(args.task).stem
 
 
-def load_calibration(args, foundation):
+def load_calibration(args, model, foundation):
     path = task_folder(args) / f"{args.calibration}.pt"
     made_by = f"python calibrate.py --task {args.task} --name {args.calibration} --out {args.out}"
     calibration = load(path, "calibration", made_by)
-    if calibration["settings"]["foundation"] != foundation:
-        raise ValueError(f"{path} belongs to another foundation; make it again with: {made_by}")
+    with reading(path, f"make it again with: {made_by}"):
+        if calibration["settings"]["foundation"] != foundation:
+            raise ValueError("it belongs to another foundation")
+        check_measured(model, calibration["layers"], calibration["samples"], ["C_pre", "C_task", "S_pre"])
     return calibration
+
+
+def check_measured(model, layers, samples, moments):
+    """ValueError unless {layer: {moment: tensor}} and samples (N, longest) can come from this model."""
+    shapes = {f"{name} {key}": 2 * [layer.weight.shape[key[0] == "C"]]  # of C_pre, C_task (d_in, d_in)
+              for name, layer in block_linears(model).items() for key in moments}
+    check({f"{name} {key}": t for name, m in layers.items() for key, t in m.items()},
+          {name: torch.empty(d, dtype=torch.float64, device="meta") for name, d in shapes.items()})
+    if not (samples.dtype == torch.int32 and samples.dim() == 2 and samples.numel()
+            and -1 <= samples.min() and samples.max() < model.config.vocab_size):
+        raise ValueError("samples are not rows of the model's tokens")
 
 
 def prepare(model, method, calibration, args):
@@ -336,7 +376,7 @@ def adapt(args):
     damped(torch.eye(1), args.tau)
     items = tasks.task_items(args.task, "train", args.examples, skip_bad=args.skip_bad)
     model, foundation = load_foundation(args.out, device)
-    calibration = load_calibration(args, foundation) if method.calibrated else None
+    calibration = load_calibration(args, model, foundation) if method.calibrated else None
     settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
                     **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT)})
@@ -375,7 +415,7 @@ def ready(args, model, method, calibration, items):
     spectral = prepare(model, method, calibration, args)
     optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr)
     return (optimizer, batch,
-            penalty_of(model, calibration, method, args.mu) if method.penalty else None)
+            penalty_of(model, calibration, method, args.mu) if method.penalty else lambda: 0)
 
 
 def penalty_of(model, calibration, method, mu):
@@ -425,17 +465,26 @@ def load_adapter(path, out, device):
 
 def load_adapted(path, out, device):
     """The foundation with the adapter of `path`, not merged."""
-    saved = load(path, "adapter", "python train.py adapt")
+    made_by = "python train.py adapt"
+    saved = load(path, "adapter", made_by)
     model, foundation = load_foundation(out, device)
-    settings, changed = saved["settings"], saved["changed"]
-    if settings["foundation"] != foundation:
-        raise ValueError(f"{path} belongs to another foundation; make it again with: python train.py adapt")
-    if method_called(settings["method"]).start:
-        for name, layer in add_lora(model, settings["rank"], settings["scale"]).items():
+    with reading(path, f"make it again with: {made_by}"):
+        settings, changed = saved["settings"], saved["changed"]
+        if settings["foundation"] != foundation:
+            raise ValueError("it belongs to another foundation")
+        method, whole = method_called(settings["method"]), ()
+        layers = add_lora(model, settings["rank"], settings["scale"]) if method.start else {}
+        if not method.start:  # full weights: all, or with SAdam the matrices
+            whole = [f"{name}.weight" for name in block_linears(model)] if method.steps else [
+                name for name, _ in model.named_parameters()]
+        for name, layer in layers.items() if method.protected else ():
+            k = min(changed[f"{name}.lora_U"].shape[1], *layer.weight.shape)
+            layer.protect(*(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
+        check(changed, {name: t for name, t in model.state_dict().items()
+                        if "lora_" in name or name in whole})
+        for name, layer in layers.items():
             layer.start(changed[f"{name}.lora_A0"], changed[f"{name}.lora_B0"])
-            if f"{name}.lora_U" in changed:
-                layer.protect(changed[f"{name}.lora_U"].to(device), changed[f"{name}.lora_V"].to(device))
-    model.load_state_dict(changed, strict=False)
+        model.load_state_dict(changed, strict=False)
     return model
 
 
@@ -498,12 +547,24 @@ def command(main):
     try:
         join_processes()
         main()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's way to say it is used up
+            raise
+        print(f"error: {' '.join(str(error).split()) or 'not enough memory'}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows defaults; what is wrong is a ValueError like any other."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.ArgumentDefaultsHelpFormatter, **options)
+
+    def error(self, message):
+        raise ValueError(f"{message} ({self.prog} --help lists all options)")
 
 
 def add_task(p):
@@ -512,25 +573,36 @@ def add_task(p):
     p.add_argument("--skip-bad", action="store_true", help="leave out rows of files that are bad or too long")
 
 
+def number(kind, least):
+    """The argparse type of finite numbers from `least` on."""
+    most = 2 ** 63 - 1 if kind is int else sys.float_info.max
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]!r} is not a {'whole ' if kind is int else ''}number of {least} or more")
+        return value
+    return parse
+
+
+positive, whole, amount = number(int, 1), number(int, 0), number(float, 0)
+
+
 def add_options(p, options, positives=()):
     """An option for each entry of {name: (default, what it is)}."""
     for key, (default, said) in options.items():
-        kind = positive if key in positives else type(default)
+        kind = positive if key in positives else {int: whole, float: amount, str: str}[type(default)]
         p.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=said)
 
 
-def positive(text):
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return value
-
-
 def parser():
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    top = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    top = Parser(description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="pretrain | adapt | export")
-    p = commands.add_parser("pretrain", help="train the small foundation", formatter_class=formatter)
+    p = commands.add_parser("pretrain", help="train the small foundation")
     p.set_defaults(run=pretrain)
     p.add_argument("--foundation", default="tiny",
                    help=f"tiny, trained here with the options below; {', '.join(GPT2)}; or a checkpoint in "
@@ -538,24 +610,16 @@ def parser():
     p.add_argument("--data", nargs="+", metavar="FILE",
                    help="text files, of any size, to train it on; default: the text that tasks.py makes")
     p.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="what a token is")
-    p.add_argument("--steps", type=positive, default=2300)
-    p.add_argument("--batch", type=positive, default=16, help="rows a step")
-    p.add_argument("--context", type=positive, default=128, help="tokens a row")
-    p.add_argument("--layers", type=positive, default=4)
-    p.add_argument("--heads", type=positive, default=4)
-    p.add_argument("--width", type=positive, default=128)
-    p.add_argument("--lr", type=float, default=6e-3,
-                   help="AdamW's peak learning rate (embeddings, biases, norms)")
-    p.add_argument("--muon-lr", type=float, default=0.015, help="Muon's peak learning rate (matrices)")
-    a = commands.add_parser("adapt", help="fine-tune the foundation on a task", formatter_class=formatter)
+    add_options(p, PRETRAIN, positives=("steps", "batch", "context", "layers", "heads", "width"))
+    a = commands.add_parser("adapt", help="fine-tune the foundation on a task")
     a.set_defaults(run=adapt)
     add_task(a)
-    a.add_argument("--method", default="folora-kl", help=f"one of {', '.join(METHODS)}")
-    a.add_argument("--lr", type=float,
+    a.add_argument("--method", default="folora-kl", choices=METHODS, metavar="METHOD",
+                   help=f"one of {', '.join(METHODS)}")
+    a.add_argument("--lr", type=amount,
                    help=f"peak learning rate; default by method: {LEARNING_RATES}, others {OTHER_RATE}")
     add_options(a, ADAPT, positives=("steps", "batch", "examples"))
-    e = commands.add_parser("export", help="write weights that transformers and PEFT read",
-                            formatter_class=formatter)
+    e = commands.add_parser("export", help="write weights that transformers and PEFT read")
     e.set_defaults(run=export)
     e.add_argument("--adapter", help="an adapter.pt; without one, the foundation itself")
     e.add_argument("--format", choices=["peft", "merged"], default="peft",
@@ -563,7 +627,7 @@ def parser():
     e.add_argument("--base", default="gpt2", help="what the PEFT adapter's config says of its base model")
     e.add_argument("--to", required=True, help="folder for the files")
     for sub in p, a:
-        sub.add_argument("--seed", type=int, default=0)
+        sub.add_argument("--seed", type=whole, default=0, help="of everything random")
         sub.add_argument("--accumulate", type=positive, default=1,
                          help="parts in which a batch is taken, one after another: less memory, same result")
     for sub in p, a, e:

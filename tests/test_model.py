@@ -257,7 +257,7 @@ def test_what_is_saved_is_loaded_and_what_is_broken_is_named(tmp_path):
     path = tmp_path / "folder" / "x.pt"
     save(path, {"kind": "adapter", "t": torch.arange(3)})
     assert load(path, "adapter", "")["t"].tolist() == [0, 1, 2]
-    with pytest.raises(ValueError, match="x.pt is not a foundation.*python train.py pretrain"):
+    with pytest.raises(ValueError, match="x.pt cannot be read .it is not a found.*python train.py pretrain"):
         load(path, "foundation", "python train.py pretrain")
     with pytest.raises(TypeError):
         save(path, {"kind": "adapter", "t": (i for i in range(3))})
