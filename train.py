@@ -148,11 +148,7 @@ def pretrain(args):
     device = pick_device()
     torch.manual_seed(args.seed)
     model = GPT(GPTConfig(**config)).to(device)
-    # Muon for the blocks' matrices: after 3.3 million tokens 99 % of the facts, with AdamW alone 12 %
-    matrices = [linear.weight for linear in block_linears(model).values()]
-    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=args.muon_lr, weight_decay=0.1, momentum=0.95),
-                  torch.optim.AdamW(others, lr=args.lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    optimizers = pretraining_optimizers(model, args.lr, args.muon_lr)
 
     def batch(step):
         rng = random.Random(f"pretrain {args.seed} {step}")
@@ -167,6 +163,15 @@ def pretrain(args):
     save(path, {"kind": "foundation", "settings": settings, "losses": losses, "model": model.state_dict()})
     partial.unlink(missing_ok=True)
     print(f"{path} written")
+
+
+def pretraining_optimizers(model, lr, muon_lr):
+    """Muon for the blocks' matrices, AdamW for the rest: after 3.3 million tokens 99 % of the facts, with
+    AdamW alone 12 %."""
+    matrices = [linear.weight for linear in block_linears(model).values()]
+    others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
+    return [torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.1, momentum=0.95),
+            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
 
 
 def take_foundation(source, path):
