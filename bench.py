@@ -7,16 +7,25 @@
 Methods forget more the harder they are pushed, so one learning rate says little. Here each method's rate is
 swept, and retention is compared where the methods have learnt equally much.
 """
+import argparse
+import collections
 import contextlib
+import dataclasses
 import functools
+import importlib.util
 import math
 import multiprocessing
 import os
 import pathlib
 import platform
+import random
+import re
 import shlex
 import signal
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 
 import torch
@@ -24,10 +33,12 @@ import torch
 import calibrate
 import tasks
 import train
-from eval import evaluate, items_of, kept, markdown, on_disk
-from folora import (METHODS, Method, fisher, forgetting_penalty, generalized_eigh, kaiming, leading,
-                    null_space, sadam, solve_layer, spectral_gate)
-from model import block_linears, load, pick_device, write_whole
+from eval import evaluate, items_of, kept, markdown, on_disk, write_json
+from folora import (METHODS, Method, SAdam, SecondMoment, damped, fisher, forgetting_penalty,
+                    generalized_eigh, kaiming, kaiming_start, leading, null_space, sadam, solve_layer,
+                    spectral_gate)
+from model import (GPT, GPTConfig, add_lora, autocast, block_linears, generate, load, lora_parameters,
+                   pick_device, write_whole)
 from train import load_adapter, load_foundation
 
 # ------------------------------------------------------------------------------------------------------------
@@ -742,3 +753,432 @@ def main(args):
     if args.compare or args.ablate:
         compare(args, chosen)
     report(args, chosen)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Speed and memory: each against what people would use instead, timed in turn with it
+
+GPT2_124M = GPTConfig(1024, 50257, 12, 12, 768, gelu="tanh")   # its shapes; all weights are random here
+SHORTER = GPTConfig(256, 50257, 2, 12, 768, gelu="tanh")       # for --quick
+TINY = GPTConfig()
+
+
+def seconds_of(work):
+    """How long work() takes, on a GPU by its events."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    began.record()
+    work()
+    ended.record()
+    torch.cuda.synchronize()
+    return began.elapsed_time(ended) / 1000
+
+
+def interleaved(repeats, pause=0, **works):
+    """{name: seconds of each repetition}: all in turn, every second round backwards, so that what else the
+    machine does slows all alike. The first round warms up. A pause lets another library's threads stop."""
+    found = {name: [] for name in works}
+    for i in range(1 + repeats):
+        for name in list(works)[::-1 if i % 2 else 1]:
+            time.sleep(pause)
+            found[name].append(seconds_of(works[name]))
+    return {name: seconds[1:] for name, seconds in found.items()}
+
+
+def ratio(found, over, under):
+    return [a / b for a, b in zip(found[over], found[under])]
+
+
+def lacking(*modules):
+    """"needs ..." if one of these cannot be imported, else ""."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"needs {' and '.join(missing)}" if missing else ""
+
+
+def adapting(config, rank):
+    """(model with adapters, SAdam's bases and gates, random: they cost what real ones cost)."""
+    model, spectral = GPT(config).to(pick_device()), {}
+    for layer in add_lora(model, rank).values():
+        layer.start(*kaiming_start(layer.weight, rank))
+        d = layer.lora_A.shape[1]
+        spectral[layer.lora_A] = torch.randn(d, d) / d, torch.ones(d)
+    return model, spectral
+
+
+def random_batch(config, rows):
+    """(x, y): random tokens in full context; the first half of a row is its prompt."""
+    tokens = torch.randint(config.vocab_size, (rows, config.block_size + 1))
+    y = tokens[:, 1:].clone()
+    y[:, :config.block_size // 2] = -100
+    return tokens[:, :-1].to(pick_device()), y.to(pick_device())
+
+
+def code_batch():
+    """(x, y) of 16 items of the code task: up to 117 tokens, a quarter of them answers."""
+    items, encoding = tasks.task_items("code", "train", 16), tasks.byte_encoding()
+    rows = [train.response_row(item, encoding) for item in items]
+    return [t.to(pick_device()) for t in train.response_batch(rows)]
+
+
+def sadam_share(config, rank, x, y, passes, repeats):
+    """(by how many percent SAdam's step lengthens a step of plain LoRA with so many passes over the batch, by
+    how many it raises the memory of training)."""
+    model, spectral = adapting(config, rank)
+    trained, held = list(lora_parameters(model).values()), []
+
+    def backward():
+        model.zero_grad(set_to_none=True)
+        train.loss_of(model, x, y).backward()
+
+    for bases in {}, spectral:
+        sadam = SAdam(trained, bases, lr=1e-6)
+        if x.is_cuda:
+            torch.cuda.reset_peak_memory_stats()
+        backward()
+        sadam.step()
+        held.append(train.cost(model, sadam)["bytes"])
+    adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    found = interleaved(repeats, backward=backward, adamw=adamw.step, sadam=sadam.step)
+    return ([100 * (ours - plain) / (passes * one + plain)
+             for one, plain, ours in zip(found["backward"], found["adamw"], found["sadam"])],
+            [100 * (held[1] / held[0] - 1)])
+
+
+def time_sadam(args):
+    """On a CPU a pass over one row stands for the eight of a step."""
+    config, rows = SHORTER if args.quick else GPT2_124M, 8 if torch.cuda.is_available() else 1
+    return sadam_share(config, 128, *random_batch(config, rows), 8 // rows, args.repeats)
+
+
+def time_sadam_tiny(args):
+    return sadam_share(TINY, 8, *code_batch(), 1, 3 * args.repeats)[:1]
+
+
+def steps_of(model, optimizers, batch, steps):
+    """() -> so many steps of this project's loop."""
+    def run():
+        with contextlib.redirect_stdout(None):
+            train.fit(model, optimizers, batch, {"steps": steps, "lr": 0}, pathlib.Path("none"))
+    return run
+
+
+def as_transformers(model):
+    """The same GPT of transformers, without dropout."""
+    import transformers
+    config, weights, _ = train.merged_files(model)
+    no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **no_dropout))
+    theirs.load_state_dict(weights, strict=False)  # all but the output layer, which is tied
+    return theirs.to(pick_device())
+
+
+def against_peft(config, rank, x, y, steps, repeats):
+    """This project's loop with SAdam, against a plain loop over transformers and peft's LoRA with AdamW: the
+    same batch, precision and clipping."""
+    import peft
+    theirs = peft.get_peft_model(as_transformers(GPT(config)), peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True))
+    model, spectral = adapting(config, rank)
+    sadam = SAdam(lora_parameters(model).values(), spectral, lr=1e-6)
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    assert sum(p.numel() for p in trained) == sum(p.numel() for p in lora_parameters(model).values())
+    adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    labels = torch.cat([torch.full_like(y[:, :1], -100), y[:, :-1]], 1)  # they shift the targets themselves
+
+    def reference():
+        for _ in range(steps):
+            with autocast(x.device):
+                loss = theirs(input_ids=x, labels=labels, use_cache=False).loss
+            theirs.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            adamw.step()
+            loss.item()
+    ours = steps_of(model, [sadam], lambda step: (x, y), steps)
+    return ratio(interleaved(repeats, theirs=reference, ours=ours), "theirs", "ours")
+
+
+def time_adapt(args):
+    if lack := lacking("transformers", "peft"):
+        return lack, lack
+    config = SHORTER if args.quick else GPT2_124M
+    return (against_peft(config, 8, *random_batch(config, 2), 1, args.repeats),
+            against_peft(TINY, 8, *code_batch(), 4, args.repeats))
+
+
+def nanogpt_model(nanogpt, c):
+    config = nanogpt.GPTConfig(c.block_size, c.vocab_size, c.n_layer, c.n_head, c.n_embd, 0.0, True)
+    with contextlib.redirect_stdout(None):
+        return nanogpt.GPT(config).to(pick_device())
+
+
+def nanogpt_steps(nanogpt, text, precision, steps):
+    """() -> so many steps of nanoGPT's train.py on text (tokens,)."""
+    model, T = nanogpt_model(nanogpt, TINY), TINY.block_size
+    with contextlib.redirect_stdout(None):
+        optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), pick_device().type)
+
+    def batch():
+        starts = torch.randint(len(text) - T, (16,))
+        return (torch.stack([text[i + k:i + k + T] for i in starts]).to(pick_device()) for k in (0, 1))
+
+    def run():
+        x, y = batch()
+        for _ in range(steps):
+            with precision():
+                _, loss = model(x, y)
+            x, y = batch()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            loss.item()
+    return run
+
+
+def time_pretrain(args):
+    """Each loop draws its own batches: ours rows of the mixture, nanoGPT's windows of a long text."""
+    if not args.nanogpt:
+        return 2 * ["needs --nanogpt PATH"]
+    model, rng, steps = GPT(TINY).to(pick_device()), random.Random(0), 4 if args.quick else 20
+    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
+
+    def batch(step):
+        rows = torch.tensor([mixture.row(rng, TINY.block_size + 1) for _ in range(16)])
+        return rows[:, :-1], rows[:, 1:]
+    ours = steps_of(model, train.pretraining_optimizers(model, 6e-3, 0.015), batch, steps)
+    text = torch.cat([batch(0)[0].flatten() for _ in range(50)])
+    precision = functools.partial(autocast, pick_device())
+    own = precision if torch.cuda.is_available() else contextlib.nullcontext  # float32 on a CPU
+    found = interleaved(args.repeats, ours=ours, own=nanogpt_steps(args.nanogpt, text, own, steps),
+                        same=nanogpt_steps(args.nanogpt, text, precision, steps))
+    return ratio(found, "own", "ours"), ratio(found, "same", "ours")
+
+
+def time_sampling(args):
+    """No text ends early. nanoGPT's generate has no top-p: it goes without."""
+    new, lack = 32 if args.quick else 256, lacking("transformers")
+    model, works = GPT(dataclasses.replace(TINY, block_size=new)).to(pick_device()).eval(), {}
+    generator = torch.Generator(pick_device()).manual_seed(0)
+    decoding = calibrate.draw_decoding(random.Random(0), 64, model)
+    start = torch.full((64, 1), 256, device=pick_device())
+    works["ours"] = lambda: generate(model, start.tolist(), new, (), decoding, generator=generator)
+    if not lack:
+        theirs = as_transformers(model).eval()
+        sample = functools.partial(theirs.generate, do_sample=True, max_new_tokens=new, eos_token_id=None,
+                                   pad_token_id=0)
+        settings = collections.Counter(zip(*(column.tolist() for column in decoding)))
+        works["settings"] = lambda: [sample(start[:rows], temperature=t, top_p=p, top_k=k)
+                                     for (t, p, k), rows in settings.items()]
+        works["plain"] = lambda: sample(start, top_k=0)
+    if args.nanogpt:
+        nanogpt = nanogpt_model(args.nanogpt, model.config).eval()
+        works["nanogpt"] = lambda: nanogpt.generate(start, new)
+    found = interleaved(args.repeats, **works)
+    return [ratio(found, name, "ours") if name in found else lack or "needs --nanogpt PATH"
+            for name in ("settings", "plain", "nanogpt")]
+
+
+def time_moments(args):
+    model = GPT(SHORTER if args.quick else GPT2_124M).to(pick_device()).eval()
+    x, _ = random_batch(model.config, 2)
+    errors, rows = [], x.tolist()
+
+    def see(name, x):
+        moment, exact = SecondMoment(x.shape[-1], x.device), x.flatten(0, 1).double()
+        moment.add(x)
+        exact = exact.T @ exact / len(exact)
+        errors.append(((moment.mean() - exact).norm() / exact.norm()).item())
+
+    with torch.inference_mode():
+        with calibrate.watching(block_linears(model), see):
+            model(x)
+        found = interleaved(args.repeats, forward=lambda: model(x),
+                            ours=lambda: calibrate.second_moments(model, rows))
+    return ratio(found, "ours", "forward"), [max(errors)]
+
+
+def eigenproblem(n):
+    """(C_task, H), float64: few directions much used, most of them little."""
+    scale = torch.logspace(1, -2, n, dtype=torch.float64, device=pick_device())
+    X, Y = (torch.randn(2 * n, n, dtype=torch.float64, device=pick_device()) * scale for _ in range(2))
+    return X.T @ X / len(X), damped(Y.T @ Y / len(Y), 0.01)
+
+
+def residual(C_task, H, eigvals, basis):
+    """‖CV - HVΓ‖ / ‖C‖‖V‖."""
+    return ((C_task @ basis - H @ basis * eigvals).norm() / C_task.norm() / basis.norm()).item()
+
+
+def time_eigen(args):
+    if lack := lacking("scipy"):
+        return 6 * [lack]
+    from scipy.linalg import eigh
+    lines, solved = [], {}
+    for n in (128, 768) if args.quick else (128, 768, 3072):
+        C_task, H = eigenproblem(n)
+        arrays = C_task.cpu().numpy(), H.cpu().numpy()
+        found = interleaved(args.repeats, pause=0.3,
+                            ours=lambda: solved.update(ours=generalized_eigh(C_task, H)),
+                            scipy=lambda: solved.update(scipy=eigh(*arrays)))
+        ours, theirs = (residual(C_task, H, *(torch.as_tensor(part).to(H) for part in solved[name]))
+                        for name in ("ours", "scipy"))
+        lines += ratio(found, "ours", "scipy"), [ours / theirs]
+    return lines + (6 - len(lines)) * ["left out by --quick"]
+
+
+def time_main_job(args, options=()):
+    """Once, in a process and a folder of its own."""
+    script, said = pathlib.Path(__file__).with_name("eval.py"), []
+    with tempfile.TemporaryDirectory() as out:
+        job = [sys.executable, str(script), "--out", out, *options]
+        seconds = seconds_of(lambda: said.append(
+            subprocess.run(job, stdout=subprocess.PIPE, text=True, check=True)))
+    began = [int(s) for s in re.findall(r"== .* \((\d+) s\) ==", said[0].stdout)]
+    return [seconds], [100 * (began[2] - began[1]) / seconds]
+
+
+# How cost grows: one size varies, the others stay as in BASE.
+
+BASE = {"width": 128, "depth": 2, "rank": 8, "samples": 32}
+SIZES = {"width": (64, 128, 256, 512), "depth": (2, 4, 8), "rank": (8, 16, 32, 64),
+         "samples": (32, 128, 512)}
+# {quantity: {size: exponent in theory, of the leading term}}
+GROWTH = {"training step, s": {"width": 2, "depth": 1, "rank": 0},
+          "SAdam's step, s": {"width": 2, "depth": 1, "rank": 1},
+          "sampling, s": {"width": 2, "depth": 1, "samples": 1},
+          "second moments, s": {"width": 2, "depth": 1, "samples": 1},
+          "widest eigenproblem, s": {"width": 3},
+          "training, bytes": {"width": 2, "depth": 1, "rank": 0},
+          "calibration, bytes": {"width": 2, "depth": 1, "samples": 0}}
+
+
+def quantities(repeats, width, depth, rank, samples):
+    """{quantity: its value}: 16 x 128 tokens a step, 64 tokens a sample; times are medians."""
+    config = GPTConfig(128, 257, depth, width // 32, width)
+    plain, (model, spectral) = GPT(config).to(pick_device()).eval(), adapting(config, rank)
+    batch, problem = random_batch(config, 16), eigenproblem(4 * width)
+    rows = torch.randint(257, (samples, 64)).tolist()
+    sadam = SAdam(lora_parameters(model).values(), spectral, lr=1e-6)
+    found = interleaved(repeats, **{
+        "training step, s": steps_of(model, [sadam], lambda step: batch, 1), "SAdam's step, s": sadam.step,
+        "sampling, s": lambda: generate(plain, [[256]] * samples, 64),
+        "second moments, s": lambda: calibrate.second_moments(plain, rows),
+        "widest eigenproblem, s": lambda: generalized_eigh(*problem)})
+    moments = calibrate.second_moments(plain, rows).values()
+    return {**{name: statistics.median(seconds) for name, seconds in found.items()},
+            "training, bytes": train.cost(model, sadam)["bytes"],
+            "calibration, bytes": 2 * sum(C.numel() * C.element_size() for C in moments)}  # C_pre and C_task
+
+
+def exponent(sizes, values):
+    """p of the least-squares line log value = p log size + constant."""
+    x, y = (torch.tensor(these, dtype=torch.float64).log() for these in (sizes, values))
+    return ((x - x.mean()) @ y / (x - x.mean()).square().sum()).item()
+
+
+def time_growth(args):
+    lines = []
+    for size, chosen in SIZES.items():
+        chosen = chosen[:2] if args.quick else chosen
+        points = [quantities(args.repeats, **{**BASE, size: value}) for value in chosen]
+        for name, theory in GROWTH.items():
+            if size in theory:
+                values = [point[name] for point in points]
+                lines.append({"": name, "against": f"{size} {chosen[0]} to {chosen[-1]}",
+                              "value": f"{values[0]:.3g} to {values[-1]:.3g}",
+                              "exponent": f"{exponent(chosen, values):.2f}", "in theory": f"{theory[size]}"})
+    return lines
+
+
+# {row: (function, [(what, reference, format, sign, target on a CPU, target on a GPU)])}; the function returns
+# for each of these its values, or a reason why there are none
+SPEED = {
+    "sadam": (time_sadam, [
+        ("SAdam's step beyond AdamW's, of a LoRA step: GPT-2 124M, r 128, 8k tokens", "AdamW(fused=True)",
+         "{:+.1f} %", "<=", 3, 1),
+        ("the same: memory (on a CPU without activations)", "plain LoRA", "{:+.1f} %", "<=", None, 7.5)]),
+    "sadam-tiny": (time_sadam_tiny, [
+        ("SAdam's step beyond AdamW's, of a LoRA step: tiny, r 8, 16 items", "AdamW(fused=True)",
+         "{:+.1f} %", "<=", 10, None)]),
+    "adapt": (time_adapt, [
+        (f"adapting with FoLoRA, tokens/s: {shape}", "transformers + peft LoRA", "{:.2f} x", ">=", 1.3, 1.2)
+        for shape in ("GPT-2 124M, r 8, 2 x 1024, half prompts", "tiny, r 8, 16 items")]),
+    "pretrain": (time_pretrain, [
+        ("pretraining, tokens/s: tiny, 16 x 128", reference, "{:.2f} x", ">=", 1, 1)
+        for reference in ("nanoGPT's model and loop", "the same, in our precision")]),
+    "sampling": (time_sampling, [
+        ("sampling the proxy set, tokens/s: tiny, 64 x 256", reference, "{:.2f} x", ">=", *targets)
+        for reference, *targets in (("transformers' generate, a call for each setting", 1.5, 2),
+                                    ("transformers' generate, without top-p and top-k", 1.5, 2),
+                                    ("nanoGPT's generate", 5, 20))]),
+    "moments": (time_moments, [
+        ("second moments, time: GPT-2 124M, 2 x 1024", "forward pass", "{:.2f} x", "<=", 2, 1.5),
+        ("second moments, relative error of the worst layer", "float64", "{:.0e}", "<=", 1e-6, None)]),
+    "eigen": (time_eigen, [
+        (f"generalized eigenproblem, n = {n}: {what}", "scipy.linalg.eigh", "{:.2f} x", "<=", target, None)
+        for n in (128, 768, 3072) for what, target in (("time", 1), ("residual", None))]),
+    "main-job": (time_main_job, [
+        ("the main job from nothing", "-", "{:.0f} s", "<=", 480, 60),
+        ("calibration, of the main job's time", "-", "{:.1f} %", "<=", 15, 15)]),
+    "growth": (time_growth, [])}  # tables of its own
+
+
+def speed_line(what, reference, form, sign, on_cpu, on_gpu, values):
+    """One line of the table as a dict; `values` is a reason where it was skipped."""
+    target, line = on_gpu if torch.cuda.is_available() else on_cpu, {"": what, "reference": reference}
+    if isinstance(values, str):
+        return line | {"median": f"skipped: {values}", "range": "-", "target": "-", "met": "-"}
+    median, (low, high) = statistics.median(values), (form.format(f(values)) for f in (min, max))
+    met = target is not None and (median <= target if sign == "<=" else median >= target)
+    return line | {"median": form.format(median),
+                   "range": f"{low} to {high} (n {len(values)})" if values[1:] else "-",
+                   "target": "-" if target is None else f"{sign} {form.format(target)}",
+                   "met": "-" if target is None else "yes" if met else "no"}
+
+
+def nanogpt_in(folder):
+    """nanoGPT's model.py as a module."""
+    path = pathlib.Path(folder) / "model.py"
+    if not path.exists():
+        raise ValueError(f"nanogpt is {folder}; it must be a folder that holds nanoGPT's model.py")
+    spec = importlib.util.spec_from_file_location("nanogpt", path)
+    sys.modules["nanogpt"] = module = importlib.util.module_from_spec(spec)  # its dataclass looks there
+    spec.loader.exec_module(module)
+    return module
+
+
+def speed(argv=None):
+    p = argparse.ArgumentParser(description="Time and memory against what people would use.",
+                                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--only", nargs="+", choices=SPEED, metavar="ROW", help=f"of {', '.join(SPEED)}")
+    p.add_argument("--quick", action="store_true", help="3 repetitions, smaller, no main job or growth")
+    p.add_argument("--nanogpt", metavar="PATH", help="folder with nanoGPT's model.py, to compare with")
+    p.add_argument("--out", default="out", help="folder for speed.json")
+    p.add_argument("--json", metavar="FILE", help="write the results there instead")
+    args = p.parse_args(argv)
+    args.nanogpt, args.repeats = args.nanogpt and nanogpt_in(args.nanogpt), 3 if args.quick else 7
+    torch.manual_seed(0)
+    measured, lines = {}, []
+    for row in args.only or [row for row in SPEED if not (args.quick and row in ("main-job", "growth"))]:
+        print(f"{row} ...", flush=True)
+        measured[row] = SPEED[row][0](args)
+        lines += [speed_line(*spec, values) for spec, values in zip(SPEED[row][1], measured[row])]
+    machine = (torch.cuda.get_device_name() if torch.cuda.is_available()
+               else f"CPU, {torch.get_num_threads()} threads")
+    print(f"\n{machine}, torch {torch.__version__}\n")
+    for table in lines, measured.get("growth", []):
+        if table:
+            print(markdown(list(table[0]), [list(line.values()) for line in table]), end="\n\n")
+    path = pathlib.Path(args.json or f"{args.out}/speed.json")
+    write_json(path, {"machine": machine, "torch": torch.__version__, "quick": args.quick, "lines": lines,
+                      "measured": measured})
+    print(f"{path} written")
+
+
+if __name__ == "__main__":
+    train.command(speed)

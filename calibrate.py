@@ -68,6 +68,14 @@ def rejection(tokens, seen, limits):
     return None
 
 
+def draw_decoding(rng, rows, model):
+    """A decoding setting of DECODING for each row, as `generate` takes them."""
+    drawn = rng.choices([settings for _, settings in DECODING], [share for share, _ in DECODING], k=rows)
+    temperature, top_p, top_k = (torch.tensor(column, device=model.lm_head.weight.device)
+                                 for column in zip(*drawn))
+    return temperature, top_p, torch.where(top_k == 0, model.config.vocab_size, top_k)
+
+
 def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250):
     """(`count` accepted samples as token lists without <|endoftext|>, Counter of rejections by reason).
     Several processes write each its own, from seeds of their own, and all accept the same.
@@ -85,10 +93,9 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
             raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in {tries} tries "
                              f"(rejected: {dict(rejected)}); ask for fewer with --samples, loosen the "
                              "filters, or train the foundation longer")
-        drawn = rng.choices([settings for _, settings in DECODING], [share for share, _ in DECODING], k=batch)
-        temperature, top_p, top_k = (torch.tensor(column, device=device) for column in zip(*drawn))
-        decoding = temperature, top_p, torch.where(top_k == 0, model.config.vocab_size, top_k)
-        for tokens in gathered(generate(model, [[eot]] * batch, max_new, [eot], decoding, min_new, generator)):
+        decoding = draw_decoding(rng, batch, model)
+        new = generate(model, [[eot]] * batch, max_new, [eot], decoding, min_new, generator)
+        for tokens in gathered(new):
             reason = rejection(tokens, seen, limits)
             if reason:
                 rejected[reason] += 1
@@ -116,7 +123,7 @@ def second_moments(model, rows, batch=64):
             x = pad_sequence([torch.tensor(row) for row in chunk], batch_first=True).to(device)
             lengths = torch.tensor([[len(row)] for row in chunk], device=device)
             mask = torch.arange(x.shape[1], device=device) < lengths
-            model(x)
+            model.features(x)  # no logits
     return means(moments)
 
 

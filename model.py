@@ -63,9 +63,9 @@ class KVCache:
 
     def update(self, layer, k, v, pos):
         """Write k, v (B, nh, T, hs) at positions pos (B, T); return keys and values, (B, nh, used, hs)."""
-        index = pos[:, None, :, None].expand_as(k)
-        self.keys[layer].scatter_(2, index, k)
-        self.values[layer].scatter_(2, index, v)
+        rows = torch.arange(len(pos), device=pos.device)[:, None]
+        self.keys[layer].transpose(1, 2)[rows, pos] = k.transpose(1, 2)
+        self.values[layer].transpose(1, 2)[rows, pos] = v.transpose(1, 2)
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
 
@@ -146,6 +146,10 @@ class GPT(nn.Module):
 
         only: a mask (B, T) of the positions whose logits are wanted, then (count, vocab).
         """
+        return self.lm_head(self.features(idx, pos, cache, only))
+
+    def features(self, idx, pos=None, cache=None, only=None):
+        """What the output layer reads: as `forward`, (..., C)."""
         if idx.shape[1] > self.config.block_size:
             raise ValueError(f"{idx.shape[1]} tokens do not fit the model's context of "
                              f"{self.config.block_size}")
@@ -155,7 +159,7 @@ class GPT(nn.Module):
         for block in blocks:
             x = block(x, pos, cache)
         x = last(x, pos, cache, only)  # no token looks at another after the last attention
-        return self.lm_head(self.transformer.ln_f(x))
+        return self.transformer.ln_f(x)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -164,11 +168,14 @@ class GPT(nn.Module):
 def truncate(logits, temperature, top_p, top_k):
     """Logits (B, vocab) / temperature, then only the top_k likeliest tokens, of those the fewest that hold a
     mass of top_p; the others -inf. Each setting is a tensor (B,), so that every row may have its own."""
-    ranked, order = (logits / temperature[:, None]).sort(dim=-1, descending=True)
-    keep = torch.arange(logits.shape[-1], device=logits.device) < top_k[:, None]
+    logits = logits / temperature[:, None]
+    cut = (top_p < 1) | (top_k < logits.shape[-1])  # sorting takes longer than all else, and most rows need none
+    ranked, order = logits[cut].sort(dim=-1, descending=True)
+    keep = torch.arange(logits.shape[-1], device=logits.device) < top_k[cut, None]
     probs = ranked.masked_fill(~keep, -math.inf).softmax(-1)
-    keep &= probs.cumsum(-1) - probs < top_p[:, None]  # the mass before a token; the likeliest always stays
-    return torch.full_like(logits, -math.inf).scatter(-1, order, ranked.masked_fill(~keep, -math.inf))
+    keep &= probs.cumsum(-1) - probs < top_p[cut, None]  # the mass before a token; the likeliest always stays
+    logits[cut] = torch.full_like(ranked, -math.inf).scatter(-1, order, ranked.masked_fill(~keep, -math.inf))
+    return logits
 
 
 @torch.inference_mode()

@@ -1,14 +1,21 @@
-"""The comparison: which runs it asks for, what it makes of them, and a small one end to end."""
+"""The comparison: which runs it asks for, what it makes of them, and a small one end to end. The speed table:
+its helpers, and every row at a micro size."""
+import argparse
 import collections
+import importlib.util
 import json
+import subprocess
+import time
 
 import pytest
+import torch
 from hypothesis import given, strategies as st
 
 import bench
 import calibrate
 import eval as evaluation
 import train
+from model import GPTConfig
 from test_main import ADAPT, CALIBRATE, PRETRAIN
 
 
@@ -192,9 +199,9 @@ def test_size_and_drift_are_those_of_the_weights(out):
     after, inputs = bench.block_linears(model), collections.defaultdict(list)
     with calibrate.watching(bench.block_linears(study.base), lambda name, x: inputs[name].append(x[0])):
         for row in rows:
-            study.base(bench.torch.tensor([row]))
+            study.base(torch.tensor([row]))
     for name, layer in bench.block_linears(study.base).items():
-        x, dW = bench.torch.cat(inputs[name]), after[name].weight - layer.weight
+        x, dW = torch.cat(inputs[name]), after[name].weight - layer.weight
         moved, whole = moved + (x @ dW.T).square().sum(), whole + (x @ layer.weight.T).square().sum()
         size += dW.square().sum()
     result = study.result(run)
@@ -219,3 +226,97 @@ def test_pictures_need_matplotlib_or_are_written(out, tmp_path):
         evaluation.main(report)
         assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}.png" for name in
                                                             ("frontier", "drift", "spectrum", "skills")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The speed table
+
+NANOGPT = """
+import dataclasses, torch
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class GPT(torch.nn.Embedding):
+    def __init__(self, config):
+        super().__init__(config.vocab_size, config.vocab_size)
+
+    def forward(self, x, y):
+        logits = super().forward(x)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+    def configure_optimizers(self, weight_decay, lr, betas, device):
+        return torch.optim.AdamW(self.parameters(), lr, betas)
+
+    def generate(self, start, new):
+        return start
+"""
+
+
+def test_all_works_are_timed_in_turn_both_ways_and_the_first_round_does_not_count():
+    order = []
+    found = bench.interleaved(3, a=lambda: order.append("a"), b=lambda: (order.append("b"), time.sleep(0.01)))
+    assert "".join(order) == "abbaabba"
+    assert all(len(seconds) == 3 for seconds in found.values())
+    assert min(found["b"]) >= 0.01 > max(found["a"]) > 0
+    assert all(r > 1 for r in bench.ratio(found, "b", "a"))
+
+
+@given(st.floats(-3, 4), st.floats(1e-6, 1e6), st.lists(st.integers(1, 99), min_size=2, unique=True))
+def test_exponent_of_a_power_law(p, c, sizes):
+    assert bench.exponent(sizes, [c * size ** p for size in sizes]) == pytest.approx(p, abs=1e-6)
+
+
+@pytest.mark.parametrize("sign, values, met", [("<=", [1, 2, 9], "yes"), ("<=", [1, 2.1, 9], "no"),
+                                               (">=", [0, 2, 9], "yes"), (">=", [0, 1.9, 9], "no")])
+def test_a_target_is_met_by_the_median(sign, values, met):
+    line = bench.speed_line("work", "reference", "{:.1f} x", sign, 2, 2, values)
+    assert line["met"] == met and line["target"] == f"{sign} 2.0 x"
+    assert line["range"] == f"{min(values):.1f} x to 9.0 x (n 3)"
+    assert bench.speed_line("work", "reference", "{:.1f}", sign, None, None, values)["met"] == "-"
+
+
+def micro_speed(monkeypatch, tmp_path, rows, *more):
+    """These rows at sizes that take no time; what was written."""
+    monkeypatch.setattr(bench, "SHORTER", GPTConfig(16, 257, 1, 2, 128))
+    monkeypatch.setattr(bench, "TINY", GPTConfig(128, 257, 1, 2, 32))
+    monkeypatch.setattr(bench, "BASE", dict(width=32, depth=1, rank=2, samples=2))
+    monkeypatch.setattr(bench, "SIZES", dict(width=(32, 64), depth=(1, 2), rank=(2, 4), samples=(2, 4)))
+    bench.speed(["--quick", "--json", str(tmp_path / "speed.json"), "--only", *rows, *more])
+    return json.loads((tmp_path / "speed.json").read_text())
+
+
+def test_every_row_runs(monkeypatch, tmp_path, capfd):
+    (tmp_path / "model.py").write_text(NANOGPT)
+    rows = [row for row in bench.SPEED if row != "main-job"]
+    written = micro_speed(monkeypatch, tmp_path, rows, "--nanogpt", str(tmp_path))
+    said = capfd.readouterr().out
+    for row in rows:
+        for what, reference, *_ in bench.SPEED[row][1]:
+            assert f"| {what}" in said and reference in said
+        if row in ("sadam", "sadam-tiny", "pretrain", "moments"):
+            assert all(values for values in written["measured"][row])
+    assert isinstance(written["measured"]["sampling"][2], list)
+    assert max(written["measured"]["moments"][1]) < 1e-6
+    assert {line["against"].split()[0] for line in written["measured"]["growth"]} == set(bench.SIZES)
+
+
+def test_references_that_are_not_there_are_named(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    written = micro_speed(monkeypatch, tmp_path, ["adapt", "pretrain", "sampling", "eigen"])
+    said = capfd.readouterr().out
+    for reason in "needs transformers and peft", "needs scipy", "needs --nanogpt PATH":
+        assert f"skipped: {reason} |" in said
+    lines = [line for line in written["lines"] if line["median"].startswith("skipped")]
+    assert len(lines) == 2 + 2 + 3 + 6 and all(line["met"] == "-" for line in lines)
+    with pytest.raises(ValueError, match="nanogpt is .*nowhere; it must be a folder"):
+        bench.speed(["--nanogpt", str(tmp_path / "nowhere")])
+
+
+def test_calibrations_share_of_the_main_job_by_hand(monkeypatch):
+    """It starts at 30 s and ends at 40 s, of what the whole process takes."""
+    said = "".join(f"== {stage} ({s} s) ==\n" for stage, s in (("a", 0), ("b", 30), ("c", 40), ("d", 90)))
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: argparse.Namespace(stdout=said))
+    monkeypatch.setattr(bench, "seconds_of", lambda work: work() or 100)
+    assert bench.time_main_job(None) == ([100], [10])
