@@ -79,8 +79,8 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
-    exactly where an interrupted run of the same settings was saved. penalty() is added to the loss;
-    after(steps done) is called at each step.
+    exactly where an interrupted run of the same settings was saved: every SAVE_EVERY seconds and at Ctrl-C,
+    unless it is None. penalty() is added to the loss; after(steps done) is called at each step.
     """
     device, steps = next(model.parameters()).device, settings["steps"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -114,7 +114,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
                 print(f"  step {step + 1:5}/{steps}  loss {sum(losses[said:]) / (step + 1 - said):.3f}  "
                       f"{tokens / seconds:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
                 said = step + 1
-            if stop or step + 1 < steps and time.time() - saved > SAVE_EVERY:
+            if partial and (stop or step + 1 < steps and time.time() - saved > SAVE_EVERY):
                 save(partial, {"kind": "partial", "settings": settings, "step": step + 1, "losses": losses,
                                "parameters": {name: p.detach() for name, p in trained.items()},
                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
@@ -126,7 +126,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
 
 def resume(partial, settings, trained, optimizers):
     """(step, losses) to go on from: those of an interrupted run of the same settings, else 0 and none."""
-    if not partial.exists():
+    if not partial or not partial.exists():
         return 0, []
     state = load(partial, "partial", "the same command again")
     if state["settings"] != settings:
