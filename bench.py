@@ -533,7 +533,7 @@ def step_times(study, methods=COMPARED, rounds=9, steps=4):
             for method, (args, model, (optimizer, batch, penalty)) in runs.items():
                 began = time.perf_counter()
                 with contextlib.redirect_stdout(None):
-                    train.fit(model, [optimizer], batch, vars(args), study.out / "none", penalty=penalty)
+                    train.fit(model, [optimizer], batch, vars(args), None, penalty=penalty)
                 seconds[method].append(time.perf_counter() - began)
         return {"ratios": {method: [s / lora for s, lora in zip(found[1:], seconds["lora"][1:])]
                            for method, found in seconds.items()}}

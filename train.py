@@ -101,8 +101,8 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
-    exactly where an interrupted run of the same settings was saved. penalty() is added to the loss;
-    after(steps done) is called at each step.
+    exactly where an interrupted run of the same settings was saved: every SAVE_EVERY seconds and at Ctrl-C,
+    unless it is None. penalty() is added to the loss; after(steps done) is called at each step.
     """
     device, steps = next(model.parameters()).device, settings["steps"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -135,7 +135,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
                 print(f"  step {step + 1:5}/{steps}  loss {sum(losses[said:]) / (step + 1 - said):.3f}  "
                       f"{tokens / seconds:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
                 said = step + 1
-            if stop or step + 1 < steps and time.time() - saved > SAVE_EVERY:
+            if partial and (stop or step + 1 < steps and time.time() - saved > SAVE_EVERY):
                 save(partial, {"kind": "partial", "settings": settings, "step": step + 1, "losses": losses,
                                "parameters": {name: p.detach() for name, p in trained.items()},
                                "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
@@ -163,7 +163,7 @@ def first_not_finite(model, again):
 
 def resume(partial, settings, trained, optimizers):
     """(step, losses) to go on from: those of an interrupted run of the same settings, else 0 and none."""
-    if not partial.exists():
+    if not partial or not partial.exists():
         return 0, []
     state = load(partial, "partial", "the same command again")
     with reading(partial, "delete it; the same command then starts anew"), torch.no_grad():
@@ -386,20 +386,19 @@ def adapt(args):
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
                     **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT)})
     path = run_folder(args) / "adapter.pt"
-    stage(path, "adapter", settings,
-          lambda: train_adapter(args, settings, model, method, calibration, items, path))
-    return path
-
-
-def train_adapter(args, settings, model, method, calibration, items, path):
-    """What adapter.pt holds besides its settings."""
-    device = pick_device()
+    if reusable(path, "adapter", settings):
+        return path
     print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
           f"{args.steps} steps on {device}")
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    optimizer, batch, penalty = ready(args, model, method, calibration, items)
+    prepared = ready(args, model, method, calibration, items)  # what is wrong is said before a file is made
+    stage(path, "adapter", settings, lambda: train_adapter(args, settings, model, *prepared, path))
+    return path
 
+
+def train_adapter(args, settings, model, optimizer, batch, penalty, path):
+    """What adapter.pt holds besides its settings."""
     def changed():  # adapters with their starts, or the full weights
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         return {name: t for name, t in model.state_dict().items() if "lora_" in name or name in trained}
