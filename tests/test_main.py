@@ -327,7 +327,7 @@ def test_what_a_user_gets_wrong_in_calibrate(out, capsys, arguments, answer):
 def test_memory_that_is_not_there_is_one_line(capsys):
     """And an error of the program stays a traceback."""
     assert "memory" in failing(capsys, lambda arguments: torch.empty(10 ** 17), "")
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(RuntimeError, match="size|shapes"):
         train.command(lambda: torch.ones(2) @ torch.ones(3, 3))
 
 
@@ -426,8 +426,8 @@ class Spoilt(torch.autograd.Function):
     (float("inf"), 1, "the output of transformer.h.1.mlp.c_fc"),
     (1, float("nan"), "the gradient of transformer.h.1.mlp.c_fc.bias")])
 def test_what_went_wrong_is_named_and_the_last_save_kept(tmp_path, monkeypatch, forwards, backwards, answer):
-    """One layer gives NaN or infinity from step 6 on: the run stops there; what it saved at step 4 stays."""
-    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    """One layer gives NaN or infinity from step 6 on: the run stops there; what it saved before stays."""
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)
     torch.manual_seed(0)
     model = model_module.GPT(model_module.GPTConfig(16, 257, 3, 2, 8))
     seen, partial = [], tmp_path / "x.partial"
@@ -444,7 +444,7 @@ def test_what_went_wrong_is_named_and_the_last_save_kept(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match=f"not finite at step 6, first in {answer}; try a smaller --lr"):
         train.fit(model, [optimizer], batch, {"steps": 10, "lr": 0.01}, partial)
     saved = model_module.load(partial, "partial", "")
-    assert saved["step"] == 4 and len(saved["losses"]) == 4
+    assert saved["step"] == 5 and len(saved["losses"]) == 5
 
 
 def test_what_is_not_finite_is_not_saved(out, tmp_path, capsys):
