@@ -3,6 +3,7 @@
     python eval.py --compare           # what is missing of it; stop it and start it again as you like
     python eval.py --ablate            # the same for the variants of FoLoRA
     python eval.py --report            # tables and pictures from what is finished
+    python bench.py                    # speed and memory, at the end of this file
 
 Methods forget more the harder they are pushed, so one learning rate says little. Here each method's rate is
 swept, and retention is compared where the methods have learnt equally much.

@@ -169,7 +169,7 @@ def truncate(logits, temperature, top_p, top_k):
     """Logits (B, vocab) / temperature, then only the top_k likeliest tokens, of those the fewest that hold a
     mass of top_p; the others -inf. Each setting is a tensor (B,), so that every row may have its own."""
     logits = logits / temperature[:, None]
-    cut = (top_p < 1) | (top_k < logits.shape[-1])  # sorting takes longer than all else, and most rows need none
+    cut = (top_p < 1) | (top_k < logits.shape[-1])  # most rows are not, and sorting is slow
     ranked, order = logits[cut].sort(dim=-1, descending=True)
     keep = torch.arange(logits.shape[-1], device=logits.device) < top_k[cut, None]
     probs = ranked.masked_fill(~keep, -math.inf).softmax(-1)
