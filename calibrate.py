@@ -5,8 +5,8 @@
 1. Sample: N texts from <|endoftext|> alone stand for the pretraining text, which nobody has (Sec. 3.4).
 2. Measure: the second moments C_pre of every linear layer's input on those texts, and C_task on task queries.
 
-The first step and C_pre do not depend on the task: out/proxy.pt keeps them. `train.py adapt` solves
-C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
+The first step and C_pre do not depend on the task: out/proxy.pt keeps them, once both are done. `train.py
+adapt` solves C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
 """
 import collections
 import hashlib
