@@ -377,8 +377,9 @@ def test_spoilt_checkpoints_are_refused_2000_cases(out):
 @pytest.mark.parametrize("change, reason", [
     ({"n_layer": 10 ** 9}, "n_layer is 1000000000; it must be a whole number from 1 to 1,000"),
     ({"n_embd": 10 ** 9}, "n_embd is"), ({"n_embd": 2 ** 20}, "has the shape"),
-    ({"n_head": 3}, "multiple of heads"), ({"n_head": 2.0}, "n_head is 2.0"), ({"vocab_size": 100}, "has the shape"), ({"colour": 1}, "TypeError"),
-    ({"encoding": "x"}, "the vocabulary of x")])
+    ({"n_head": 3}, "multiple of heads"), ({"n_head": 2.0}, "n_head is 2.0"),
+    ({"vocab_size": 100}, "has the shape"),
+    ({"colour": 1}, "TypeError"), ({"encoding": "x"}, "the vocabulary of x")])
 def test_a_config_that_does_not_fit_is_named(out, change, reason):
     """Before anything of its size is made."""
     path, read = reading_again(out, "foundation")
@@ -387,6 +388,19 @@ def test_a_config_that_does_not_fit_is_named(out, change, reason):
     try:
         sealed(path, content)
         with bounded(), pytest.raises(ValueError, match=f"foundation.pt cannot be read .*{reason}"):
+            read()
+    finally:
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize("token", [-2, 257])
+def test_samples_are_the_models_tokens(out, token):
+    path, read = reading_again(out, "calibration")
+    before, content = path.read_bytes(), torch.load(path, weights_only=True)
+    content["samples"][-1, 0] = token
+    try:
+        sealed(path, content)
+        with pytest.raises(ValueError, match="calibration.pt cannot be read .samples are not rows"):
             read()
     finally:
         path.write_bytes(before)
@@ -422,11 +436,11 @@ def test_one_nan_is_named(out, kind, name):
                 value.view(-1)[0] = float("nan")
     spoil(content)
     try:
-        with pytest.raises(ValueError, match=f"{name} is sparse, or holds NaN"):
+        with pytest.raises(ValueError, match=f"{name} holds NaN"):
             save(path, content)
         assert path.read_bytes() == before
         sealed(path, content)
-        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*{name} is sparse, or holds NaN"):
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*{name} holds NaN"):
             read()
     finally:
         path.write_bytes(before)
@@ -436,7 +450,7 @@ def test_one_nan_is_named(out, kind, name):
     (lambda p: p.pop("transformer.ln_f.bias"), "transformer.ln_f.bias is missing"),
     (lambda p: p.update({"x": torch.zeros(1)}), "x is unknown"),
     (lambda p: p.update({"transformer.ln_f.bias": torch.zeros(9)}), "transformer.ln_f.bias has the shape"),
-    (lambda p: p["transformer.ln_f.bias"].fill_(float("inf")), "ln_f.bias is sparse, or holds NaN")])
+    (lambda p: p["transformer.ln_f.bias"].fill_(float("inf")), "ln_f.bias holds NaN")])
 def test_a_spoilt_interrupted_run_is_refused(out, tmp_path, monkeypatch, spoil, reason):
     """Saved after the first of two steps; then the saved parameters are changed."""
     command = ["pretrain", *PRETRAIN.split(), "--out", str(tmp_path)]
@@ -607,6 +621,15 @@ def answers(draw):
     text = draw(st.sampled_from([1, 2, 7, 40, 200, 10 ** 4])) * part
     return draw(st.sampled_from(["", "lambda x: ", "#### "])) + draw(
         st.sampled_from([text, text[:200], text[:180]]))
+
+
+def test_a_number_is_soon_found_or_not():
+    """Of 300,000 digits in no more than time for them."""
+    with bounded(2):
+        assert tasks.final_number("#### " + "9" * 300_000 + "x") is None
+        assert tasks.final_number("#### " + "9," * 300_000) is None
+        assert tasks.final_number("#### 12" + " " * 300_000) == 12
+        assert tasks.final_number("#### 1" * 300_000) == 1
 
 
 def hostile_answer(said):
