@@ -459,7 +459,7 @@ def test_a_spoilt_interrupted_run_is_refused(out, tmp_path, monkeypatch, spoil, 
     def save_and_stop(path, content):
         real(path, content)
         raise KeyboardInterrupt
-    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)
     monkeypatch.setattr(train, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train.main(command)
