@@ -907,7 +907,7 @@ def time_adapt(args):
     if lack := lacking("transformers", "peft"):
         return lack, lack
     config = SHORTER if args.quick else GPT2_124M
-    return (against_peft(config, 8, *random_batch(config, 2), 1, args.repeats),
+    return (against_peft(config, 8, *random_batch(config, 1), 1, args.repeats),
             against_peft(TINY, 8, *code_batch(), 4, args.repeats))
 
 
@@ -1108,7 +1108,7 @@ SPEED = {
          "{:+.1f} %", "<=", 10, None)]),
     "adapt": (time_adapt, [
         (f"adapting with FoLoRA, tokens/s: {shape}", "transformers + peft LoRA", "{:.2f} x", ">=", 1.3, 1.2)
-        for shape in ("GPT-2 124M, r 8, 2 x 1024, half prompts", "tiny, r 8, 16 items")]),
+        for shape in ("GPT-2 124M, r 8, 1 x 1024, half prompts", "tiny, r 8, 16 items")]),
     "pretrain": (time_pretrain, [
         ("pretraining, tokens/s: tiny, 16 x 128", reference, "{:.2f} x", ">=", 1, 1)
         for reference in ("nanoGPT's model and loop", "the same, in our precision")]),
