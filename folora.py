@@ -147,7 +147,7 @@ def generalized_eigh(C_task, H):
 def solve_layer(C_pre, C_task, tau=0.01):
     """A layer's directions from its raw second moments (d_in, d_in): the normalised C_pre and C_task,
     H = C_pre + τI, eigvals (d_in,) and basis (d_in, d_in), all float64."""
-    C_pre, C_task = normalise(C_pre, C_task)
+    C_pre, C_task = normalise(C_pre.double(), C_task.double())
     H = damped(C_pre, tau)
     eigvals, basis = generalized_eigh(C_task, H)
     return {"C_pre": C_pre, "C_task": C_task, "H": H, "eigvals": eigvals, "basis": basis}

@@ -201,7 +201,7 @@ class Chunks:
     """Token chunks of one long text, each starting at the start of a line."""
 
     def __init__(self, text, encode):
-        lines = [np.array(encode(line), dtype=np.int32) for line in text.splitlines(keepends=True)]
+        lines = [np.array(encode(line), dtype=np.int32) for line in text.splitlines(keepends=True) or [""]]
         self.tokens = np.concatenate(lines)
         self.starts = np.cumsum([0] + [len(line) for line in lines[:-1]])
 

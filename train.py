@@ -75,20 +75,24 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     first, losses = resume(partial, settings, trained, optimizers)
     began, tokens, said = time.time(), 0, first
+
+    def loss_on(x, y):
+        return loss_of(model, x, y) + (penalty() if penalty else 0)
     for step in range(first, steps):
         factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
         for optimizer, rates in zip(optimizers, peak):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         x, y = (t.to(device) for t in batch(step))
-        loss = loss_of(model, x, y) + (penalty() if penalty else 0)
+        loss = loss_on(x, y)
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         losses.append(loss.item())
         if not math.isfinite(losses[-1] + norm.item()):
-            raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in "
-                             f"{first_not_finite(model, x)}; try a smaller --lr than {settings['lr']}")
+            where = first_not_finite(model, lambda: loss_on(x, y))
+            raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in {where}; "
+                             f"try a smaller --lr than {settings['lr']}")
         for optimizer in optimizers:
             optimizer.step()
         tokens += x.numel()
@@ -107,9 +111,9 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     return losses
 
 
-def first_not_finite(model, x):
-    """Where a step's numbers went wrong: the first layer, in the order they run, whose output is not finite,
-    else the last one, the first on the way back, with such a gradient."""
+def first_not_finite(model, loss):
+    """Where loss() goes wrong: the first layer, in the order they run, whose output is not finite, else the
+    first parameter on the way back with such a gradient."""
     found = []
 
     def see(name, output):
@@ -117,13 +121,13 @@ def first_not_finite(model, x):
             found.append(f"the output of {name}")
     handles = [layer.register_forward_hook(lambda layer, x, output, name=name: see(name, output))
                for name, layer in model.named_modules() if name]
-    with torch.no_grad(), autocast(x.device):
-        model(x)
+    model.zero_grad(set_to_none=True)  # clipping has spread what is not finite over all gradients
+    loss().backward()
     for handle in handles:
         handle.remove()
     found += [f"the gradient of {name}" for name, p in reversed(list(model.named_parameters()))
               if p.grad is not None and not torch.isfinite(p.grad).all()]
-    return found[0] if found else "the penalty"
+    return found[0] if found else "their size"
 
 
 def resume(partial, settings, trained, optimizers):
@@ -131,9 +135,10 @@ def resume(partial, settings, trained, optimizers):
     if not partial.exists():
         return 0, []
     state = load(partial, "partial", "the same command again")
-    if state["settings"] != settings:
-        return 0, []
-    with torch.no_grad():
+    with reading(partial, "delete it; the same command then starts anew"), torch.no_grad():
+        if state["settings"] != settings:
+            return 0, []
+        check(state["parameters"], trained)
         for name, p in trained.items():
             p.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -147,8 +152,8 @@ def reusable(path, kind, settings):
     if path.is_dir():
         raise ValueError(f"{path} is a folder, where a file is to be written; move it away")
     try:
-        same = path.exists() and load(path, kind, "")["settings"] == settings
-    except ValueError:
+        same = path.exists() and load(path, kind, "").get("settings") == settings
+    except (ValueError, RuntimeError):  # broken, or with tensors among its settings
         same = False
     if same:
         print(f"{path} is up to date")

@@ -156,6 +156,86 @@ def test_eigenvalues_agree_with_the_papers_whitening(pair):
     assert gamma[-1] >= -error
 
 
+def spectrum(n, digits, kind):
+    """n eigenvalues from 1 down to 10^-digits: evenly in between, all but one the least, or three values
+    repeated."""
+    logs = {"even": torch.linspace(0, -digits, n), "one": torch.full((n,), -float(digits)),
+            "repeated": -digits / 2 * (torch.arange(n) % 3)}[kind].double()
+    logs[0] = 0
+    return 10 ** logs
+
+
+def hard_pair(n, digits, kind, rank, scales, seed):
+    """(C_task of that rank, H with a condition number of 10^digits), each at a scale of its own."""
+    Q, U = rotation(n, seed), rotation(n, seed + 1)
+    H, C = Q * spectrum(n, digits, kind) @ Q.T, U[:, :rank] * spectrum(n, 4, "even")[:rank] @ U[:, :rank].T
+    return scales[0] * (C + C.T) / 2, scales[1] * (H + H.T) / 2
+
+
+def judged(C, H):
+    """Solve the pair; hold residual and H-orthogonality, both over n eps as in LAPACK's own tests, to 1 and
+    cond(H), or raise tau as the refusal says. Scales are taken out of the norms by powers of two, exactly."""
+    n, eye = len(H), torch.eye(len(H)).double()
+    try:
+        gamma, V = generalized_eigh(C, H)
+    except ValueError as error:
+        more = float(str(error).split(": ")[1].split()[0])
+        return judged(C, H + more * eye)[0], "after the refusal"
+    c, h = (2.0 ** (2 * round(math.log2(X.abs().max()) / 2)) for X in (C, H))
+    C, H, V, gamma = C / c, H / h, V * h ** 0.5, gamma / c * h
+    size = spectral_norm(C) + gamma.abs().max() * spectral_norm(H)
+    residual = spectral_norm(C @ V - H @ V * gamma) / (size * spectral_norm(V) * n * EPS)
+    orthogonality = spectral_norm(V.T @ H @ V - eye) / (n * EPS * cond(H))
+    assert residual <= 1 and orthogonality <= 2 and spectral_norm(V.T @ H @ V - eye) <= 0.01 * n
+    assert (gamma.diff() <= 0).all()
+    return (residual.item(), orthogonality.item()), "at once"
+
+
+@given(n=st.sampled_from([1, 2, 3, 8, 24, 64]), digits=st.integers(0, 14), seed=seeds, share=st.floats(0, 1),
+       kind=st.sampled_from(["even", "one", "repeated"]),
+       scales=st.sampled_from([(1, 1), (1e150, 1e150), (1e-150, 1e-150), (1e-150, 1e150), (1e100, 1e-150)]))
+def test_hard_pairs_are_solved_or_refused_with_a_tau_that_works(n, digits, seed, share, kind, scales):
+    """Condition numbers to 1e14, zero and repeated eigenvalues, scales to 1e±150."""
+    judged(*hard_pair(n, digits, kind, max(1, round(share * n)), scales, seed))
+
+
+@pytest.mark.parametrize("digits", [16, 18, math.inf])
+@pytest.mark.parametrize("scale", [1, 1e150, 1e-150])
+@pytest.mark.parametrize("n", [3, 64])
+def test_a_singular_H_is_refused_with_a_tau_that_works(n, digits, scale):
+    C, H = hard_pair(n, digits if math.isfinite(digits) else 1, "repeated", n, (scale, scale), 0)
+    H = H if math.isfinite(digits) else H - torch.linalg.eigvalsh(H)[0] * torch.eye(n).double()
+    assert judged(C, H)[1] == "after the refusal"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [512, 1024, 3072])
+@pytest.mark.parametrize("digits", [2, 8, 14])
+def test_hard_pairs_of_real_size(n, digits):
+    """GPT-2's widest layer reads 3072 inputs. 10 minutes: pytest tests/test_folora.py -m slow -s"""
+    for kind in ("even", "repeated") if n < 3072 else ("even",):
+        print(f"\nn {n}, cond 1e{digits}, {kind}: (residual, orthogonality), how:",
+              judged(*hard_pair(n, digits, kind, n // 2, (1, 1), 0)))
+
+
+def test_scales_too_far_apart_are_refused():
+    with pytest.raises(ValueError, match="γ overflows"):
+        generalized_eigh(1e200 * torch.eye(3).double(), 1e-150 * torch.eye(3).double())
+
+
+@given(spd_pairs())
+def test_tf32_never_reaches_the_eigenproblem(pair):
+    """All of it is float64, whatever is allowed for float32, and bit for bit the same."""
+    C, C_pre, _ = pair
+    plain = solve_layer(C_pre.float(), C.float())
+    torch.set_float32_matmul_precision("medium")
+    try:
+        again = solve_layer(C_pre.float(), C.float())
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(t.dtype == torch.float64 and torch.equal(plain[key], t) for key, t in again.items())
+
+
 def test_eigenpairs_by_hand():
     """H = [1 1; 1 2] has L = [1 0; 1 1]; C_task = L diag(3, 1) Lᵀ: γ = (3, 1) and V = ±L⁻ᵀ = ±[1 -1; 0 1]."""
     H, C = torch.tensor([[1.0, 1.0], [1.0, 2.0]]), torch.tensor([[3.0, 3.0], [3.0, 4.0]])

@@ -28,10 +28,9 @@ import calibrate
 import eval as evaluation
 import tasks
 import train
-from folora import METHODS
 from model import digest, load, read_gpt2, save
 
-PRETRAIN = "--steps 2 --batch 2 --layers 1 --heads 2 --width 8 --context 64"
+PRETRAIN = "--steps 2 --batch 2 --layers 1 --heads 2 --width 8"
 CALIBRATE = "--samples 8 --queries 8 --min-unique 0 --min-unique-fours 0 --max-run 200"
 ADAPT = "--steps 2 --batch 2 --examples 10 --rank 2"
 case_seeds = st.integers(0, 2 ** 32)
@@ -130,11 +129,12 @@ def test_every_flipped_bit_is_found_all_of_them(tmp_path):
 
 
 def mutated(rng, content):
-    """(what was done, bytes): cut at every kind of length, flipped, spliced, repeated, overwritten, random."""
+    """(what was done, bytes): cut at every kind of length, flipped, spliced, overwritten, random."""
     n = len(content)
-    lengths = [0, 1, 3, 4, 21, 22, 23, 31, 32, 33, 53, 54, 55, 64, n // 2, n - 55, n - 54, n - 33, n - 31, n - 1]
+    lengths = [0, 1, 3, 4, 21, 22, 23, 31, 32, 33, 53, 54, 55, 64, n // 2, n - 1]
+    lengths += [max(0, n - less) for less in (55, 54, 33, 32, 31, 22)]
     where, size = rng.randrange(n), rng.choice([1, 2, 8, 64, 200])
-    junk = rng.choice([rng.randbytes(size), bytes(size), b"\xff" * size, content[where // 2:where // 2 + size]])
+    junk = rng.choice([rng.randbytes(size), bytes(size), b"\xff" * size, content[where // 2:][:size]])
     kind = rng.choice(["cut", "cut at any length", "flipped", "overwritten", "inserted", "removed", "twice",
                        "random", "behind it", "before it"])
     return kind, {"cut": content[:rng.choice(lengths)], "cut at any length": content[:where],
@@ -187,17 +187,18 @@ def huge(path):
         def write():
             torch.save({"kind": "adapter", "t": torch.zeros(4)}, path)
             content = bytearray(path.read_bytes())
-            at = content.rindex(b"PK\1\2", 0, content.rindex(b"archive/data/0"))
+            at = content.rindex(b"x/data/0") - 46  # its entry in the archive's directory
+            assert content[at:at + 4] == b"PK\1\2"
             for offset in claims["offsets"]:
                 content[at + offset:at + offset + 4] = (4_000_000_000).to_bytes(4, "little")
             path.write_bytes(bytes(content))
         return write
 
     def compressed():
-        torch.save({"kind": "adapter", "t": torch.zeros(2 ** 26)}, path)
+        torch.save({"kind": "adapter", "t": torch.zeros(2 ** 25)}, path)
         with zipfile.ZipFile(path) as plain:
             records = {name: plain.read(name) for name in plain.namelist()}
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
             for name, data in records.items():
                 archive.writestr(name, data)
 
@@ -242,6 +243,17 @@ def test_nothing_in_a_file_is_executed(tmp_path, wrap, zipped, protocol):
     assert not bomb.exists()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def text():
+    """The library's text is tokenised once for all runs of these tests."""
+    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
+    chunks, fingerprint = mixture.chunks, mixture.fingerprint()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tasks.PretrainingMixture, "chunks", chunks)
+        patch.setattr(tasks.PretrainingMixture, "fingerprint", lambda self: fingerprint)
+        yield
+
+
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """A folder with a micro foundation, its calibration and two adapters."""
@@ -253,8 +265,8 @@ def out(tmp_path_factory):
     return out
 
 
-JUNK = (None, -1, 0, 1, 10 ** 30, 2 ** 40, -0.5, float("nan"), float("inf"), "", "x", "code", [], {}, [[]], (),
-        True, torch.zeros(0), torch.ones(3), torch.ones(2, 2, dtype=torch.int8), b"x")
+JUNK = (None, -1, 0, 1, 10 ** 30, 2 ** 40, -0.5, float("nan"), float("inf"), "", "x", "code", [], {}, [[]],
+        (), True, torch.zeros(0), torch.ones(3), torch.ones(2, 2, dtype=torch.int8), b"x")
 
 
 def spoil(rng, content):
@@ -281,7 +293,8 @@ def spoil(rng, content):
     content[key] = {"junk": lambda: rng.choice(JUNK),
                     "shape": lambda: below[None] if below.dim() < 2 else below[1:],
                     "type": lambda: below.to(rng.choice([torch.float16, torch.int64, torch.complex64])),
-                    "strides": lambda: below.flatten()[:1].expand(below.shape), "sparse": below.to_sparse,
+                    "strides": lambda: below.flatten()[:1].expand(below.shape),
+                    "sparse": lambda: below.to_sparse(),
                     "huge": lambda: below.flatten()[:1].expand(10 ** 10)}[way]()
     return way
 
@@ -308,19 +321,20 @@ def flat(content):
 
 def spoilt_checkpoint(out, rng):
     """One of the five kinds, one entry made wrong under a right digest, read where it is used."""
-    kind = rng.choice(["foundation", "calibration", "proxy", "folora", "full"])
+    kind = rng.choice(["foundation", "calibration", "folora", "full"] * 3 + ["proxy"])  # which is made again
     path, read = reading_again(out, kind)
     before, expected, original = path.read_bytes(), read(), torch.load(path, weights_only=True)
     way = spoil(rng, original)
     try:
         sealed(path, original)
         return f"{way}: " + outcome(path, read, lambda found: found.keys() == expected.keys() and all(
-            torch.equal(found[name], t) for name, t in expected.items()) or way in ("junk", "strides"))
+            torch.equal(found[name], t) or way in ("junk", "strides") or name == "samples" and way == "shape"
+            for name, t in expected.items()))
     finally:
         path.write_bytes(before)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(seed=case_seeds)
 def test_spoilt_checkpoints_are_refused_where_they_are_read(out, seed):
     spoilt_checkpoint(out, random.Random(seed))
@@ -334,7 +348,7 @@ def test_spoilt_checkpoints_are_refused_2000_cases(out):
 
 
 @pytest.mark.parametrize("kind, name", [("foundation", "lm_head.weight"), ("folora", "lora_B"),
-                                        ("full", "ln_f.bias"), ("calibration", "S_pre"), ("calibration", "C_pre")])
+                                        ("full", "ln_f.bias"), ("calibration", "S_pre")])
 def test_one_nan_is_named(out, kind, name):
     """In the message; and `save` would not have written it."""
     path, read = reading_again(out, kind)
@@ -358,11 +372,36 @@ def test_one_nan_is_named(out, kind, name):
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("spoil, reason", [
+    (lambda p: p.pop("transformer.ln_f.bias"), "transformer.ln_f.bias is missing"),
+    (lambda p: p.update({"x": torch.zeros(1)}), "x is unknown"),
+    (lambda p: p.update({"transformer.ln_f.bias": torch.zeros(9)}), "transformer.ln_f.bias has the shape"),
+    (lambda p: p["transformer.ln_f.bias"].fill_(float("inf")), "ln_f.bias holds NaN or infinity")])
+def test_a_spoilt_interrupted_run_is_refused(out, tmp_path, monkeypatch, spoil, reason):
+    """Saved after the first of two steps; then the saved parameters are changed."""
+    command = ["pretrain", *PRETRAIN.split(), "--out", str(tmp_path)]
+    partial, real = tmp_path / "foundation.partial", train.save
+
+    def save_and_stop(path, content):
+        real(path, content)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(train, "SAVE_EVERY", 1)
+    monkeypatch.setattr(train, "save", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(command)
+    state = torch.load(partial, weights_only=True)
+    spoil(state["parameters"])
+    sealed(partial, state)
+    with pytest.raises(ValueError, match=f"foundation.partial cannot be read .*{reason}.*delete it"):
+        train.main(command)
+
+
 # ------------------------------------------------------------------------------------------------------------
 # Things that are not files
 
-THINGS = {"folder": lambda path: path.mkdir(), "pipe": os.mkfifo, "dangling link": lambda p: p.symlink_to("no"),
-          "loop": lambda path: path.symlink_to(path.name), "endless device": lambda p: p.symlink_to("/dev/zero")}
+THINGS = {"folder": os.mkdir, "pipe": os.mkfifo, "dangling link": lambda path: path.symlink_to("no"),
+          "loop": lambda path: path.symlink_to(path.name),
+          "endless device": lambda path: path.symlink_to("/dev/zero")}
 READERS = {"x.pt": lambda path: load(path, "adapter", ""), "x.bin": lambda path: read_gpt2(str(path)),
            "x.jsonl": lambda path: tasks.file_items(str(path)),
            "x.txt": lambda path: tasks.held_out_rows(str(path), "test", tasks.byte_encoding(), 9)}
@@ -405,14 +444,14 @@ def hostile_row(rng):
     """(kind, bytes) of a line that is no row, or is one in a strange way."""
     row = dict(rng.choice(ROWS))
     key = rng.choice(list(row))
-    strange = rng.choice(["\\ud800", "\\u0000", "\\ud83d\\ude00", "é", "#### " + "9" * 5000 + "x", " " * 9999])
+    strange = rng.choice(["\\ud800", "\\u0000", "\\ud83d\\ude00", "é", "#### " + "9" * 5000 + "x", " " * 999])
     kind = rng.choice(["value", "text", "deep", "number", "bytes", "utf16", "keys", "long", "cut"])
     if kind == "value":
         row[key] = rng.choice([None, 0, True, [], {}, [1], "", " ", [[]], float("nan"), -1e308])
-    line = json.dumps(row)
+    line, value = json.dumps(row), json.dumps(row[key])
     return kind, {"text": line.replace(rng.choice("abAWso"), strange).encode(),
-                  "deep": line.replace(json.dumps(row[key]), deep(rng, rng.choice([1, 50, 900, 10 ** 5]))).encode(),
-                  "number": line.replace(json.dumps(row[key]), "9" * rng.choice([1, 400, 4301, 10 ** 5])).encode(),
+                  "deep": line.replace(value, deep(rng, rng.choice([1, 50, 900, 10 ** 5]))).encode(),
+                  "number": line.replace(value, "9" * rng.choice([1, 400, 4301, 10 ** 5])).encode(),
                   "bytes": mutated(rng, line.encode())[1], "utf16": line.encode("utf-16"),
                   "keys": line.replace('"' + key, '"x' + key).encode(),
                   "long": line.encode() + b" " * rng.choice([10, 2 ** 20 - len(line), 2 ** 20, 3 * 2 ** 20]),
@@ -499,14 +538,15 @@ def test_any_bytes_are_text(tmp_path_factory, text, times):
 @st.composite
 def answers(draw):
     """What a model might say to stall or trick its examiner."""
-    atom = st.sampled_from(["x", "9", "9**9**9", "1<<10**9", "0x" + "f" * 50, "-", "~", "(", ")", "[", "{", "lambda x:",
-                            "f(", "if", "else", "*", "+", "**", ":=", ",", " ", "\n", "\0", "\x0c", "'", '"""', "#",
-                            "\\", "٣", "𝘹", "\ud800", "__import__('os')", "x.x", "x[0]", "await", "1_0", "1e9", "1j",
-                            "...", "{x for x in", "yield", "f'{", "b'", "@", "\ufeff", "#### ", "9" * 60]) | st.text(
-                                max_size=3)
+    atom = st.text(max_size=3) | st.sampled_from([
+        "x", "9", "9**9**9", "1<<10**9", "0x" + "f" * 50, "-", "~", "(", ")", "[", "{", "lambda x:", "f(",
+        "if", "else", "*", "+", "**", ":=", ",", " ", "\n", "\0", "\x0c", "'", '"\""', "#", "\\", "٣", "𝘹",
+        "\ud800", "__import__('os')", "x.x", "x[0]", "await", "1_0", "1e9", "1j", "...", "{x for x in", "yield", "f'{",
+        "b'", "@", "\ufeff", "#### ", "9" * 60])
     part = draw(st.lists(atom, min_size=1, max_size=12).map("".join))
-    text = draw(st.sampled_from([1, 2, 7, 40, 200, 10 ** 5])) * part
-    return draw(st.sampled_from(["", "lambda x: ", "#### "])) + draw(st.sampled_from([text, text[:200], text[:180]]))
+    text = draw(st.sampled_from([1, 2, 7, 40, 200, 10 ** 4])) * part
+    return draw(st.sampled_from(["", "lambda x: ", "#### "])) + draw(
+        st.sampled_from([text, text[:200], text[:180]]))
 
 
 def hostile_answer(said):
@@ -514,9 +554,9 @@ def hostile_answer(said):
     with bounded(2):
         found = tasks.run_arithmetic(said, 3)
         assert found is None or type(found) is int and abs(found) <= 10 ** 12
-        if found is not None:  # then it is plain arithmetic, and what Python makes of it
-            body = said.strip().removeprefix("lambda x:") if said.strip().startswith("lambda") else said
-            assert set(body) <= set("x𝘹0123456789abcdefABCDEFobXO_+-*() \t\n\f\ufeff#\\") | set(body[body.find("#"):])
+        if found is not None:  # then it is plain arithmetic
+            code = said.split("#")[0].strip().removeprefix("lambda")
+            assert set(code) <= set("x𝘹0123456789abcdefABCDEFoXO_:+-*() \t\n\f\ufeff\\"), said
         for task in tasks.TASKS:
             tasks.MAKERS[task](random.Random(1)).check(said)
         tasks.item_of({"question": "Who?", "answer": "12"}).check(said)
@@ -538,12 +578,12 @@ def test_hostile_answers_are_wrong_and_soon_5000_cases(said):
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-WORDS = ("-1", "0", "1", "2", "-0.0", "0.5", "nan", "inf", "-inf", "1e999", "1e-320", "1e30", "9" * 30, "9" * 5000, "", " ",
-         "abc", "½", "٢", "1_0", "0x10", "1.5", "/dev/null", "/dev/null/x", "/nowhere/x.jsonl", "..", "~", "{dir}", "{file}",
-         "{jsonl}", "{text}", "{pipe}.jsonl", "{pt}", "\udcff.jsonl", "x" * 300, "*", "a b", "'", "--", "[1]", "λ", "math",
-         "code", "instruct", "lora", "folora", "folora-kl", "full", "own", "facts", "calibration-x", "calibration/../x",
-         "peft", "merged", "test", "valid", "--steps 0", "--nonsense 1", "--seed '", "--lr nan", "--width 7", "tiny")
-LONG = {"--foundation gpt2"}  # downloads
+WORDS = ("-1", "0", "1", "2", "-0.0", "0.5", "nan", "inf", "-inf", "1e999", "1e-320", "1e30", "9" * 30,
+         "9" * 5000, "", " ", "abc", "½", "٢", "1_0", "0x10", "1.5", "/dev/null", "/dev/null/x",
+         "/nowhere/x.jsonl", "..", "~", "{dir}", "{file}", "{jsonl}", "{text}", "{pipe}.jsonl", "{pt}",
+         "\udcff.jsonl", "x" * 300, "*", "a b", "'", "--", "[1]", "λ", "math", "code", "instruct", "lora",
+         "folora", "folora-kl", "full", "own", "facts", "calibration-x", "calibration/../x", "peft", "merged",
+         "test", "valid", "--steps 0", "--nonsense 1", "--seed '", "--lr nan", "--width 7", "tiny")
 
 
 def command_line(rng, names, out):
@@ -553,36 +593,40 @@ def command_line(rng, names, out):
     adapter = str(copy / "code" / "none" / "adapter.pt")
     main, given, parser = rng.choice([
         (train.main, ["pretrain", *PRETRAIN.split()], "pretrain"),
-        (train.main, ["adapt", "--method", rng.choice(["lora", "folora", "folora-kl"]), *ADAPT.split()], "adapt"),
+        (train.main, ["adapt", "--method", rng.choice(["lora", "folora-kl"]), *ADAPT.split()], "adapt"),
         (train.main, ["export", "--to", str(copy / "to"), "--adapter", adapter], "export"),
         (train.main, [], "adapt"), (calibrate.main, CALIBRATE.split(), calibrate.parser()),
         (evaluation.main, ["--methods", "lora", *stages], evaluation.parser()),
-        (evaluation.main, [rng.choice(["--compare", "--ablate", "--report"]), "--quick", "--tasks", "code", *stages],
-         evaluation.parser())])
+        (evaluation.main, [rng.choice(["--compare", "--ablate", "--report"]), "--quick", "--tasks", "code",
+                           *stages], evaluation.parser())])
     if isinstance(parser, str):
         parser = train.parser()._subparsers._group_actions[0].choices[parser]
     given = given + (["--out", str(copy)] if given else [])
     for _ in range(rng.randint(0, 3)):
         action = rng.choice([a for a in parser._actions if a.option_strings])
         word = rng.choice(WORDS).format(**names)
+        if action.option_strings[-1] in stages:
+            word = f"{stages[stages.index(action.option_strings[-1]) + 1]} {word}"  # still micro
         given += [action.option_strings[-1], *([word] if action.nargs is None else
                                                [word, rng.choice(WORDS).format(**names)][:rng.randint(0, 2)])]
     return main, rng.sample(given, len(given)) if rng.random() < 0.03 else given
 
 
-def fuzzed(rng, names, out, capsys):
+def fuzzed(rng, names, out):
     """Run one generated command: "done", or "refused" with exit status 2 and one line."""
     main, given = command_line(rng, names, out)
     shutil.rmtree(out.parent / "copy", ignore_errors=True)
     shutil.copytree(out, out.parent / "copy")
     for cache in tasks.file_items, tasks.task_items, tasks.held_out_rows:
         cache.cache_clear()
-    capsys.readouterr()
+    said = io.TextIOWrapper(io.BytesIO(), "utf8", "backslashreplace")  # as the real one
     try:
-        with bounded(60, megabytes=2000):
+        with bounded(60, megabytes=2000), contextlib.redirect_stderr(said), contextlib.redirect_stdout(
+                io.TextIOWrapper(io.BytesIO(), "utf8")):
             train.command(lambda: main(given))
     except SystemExit as stopped:
-        said = capsys.readouterr().err
+        said.seek(0)
+        said = said.read()
         if stopped.code == 0:
             assert {"-h", "--help"} & {a.split("=")[0] for a in given}
             return "helped"
@@ -601,10 +645,6 @@ def names(out, tmp_path, monkeypatch):
     (tmp_path / "x.txt").write_text("a line of text\n" * 50)
     os.mkfifo(tmp_path / "pipe.jsonl")
     monkeypatch.chdir(tmp_path)
-    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
-    monkeypatch.setattr(tasks.PretrainingMixture, "chunks", mixture.chunks)
-    text = mixture.fingerprint()
-    monkeypatch.setattr(tasks.PretrainingMixture, "fingerprint", lambda self: text)
     scores = {"score": 1.0, "n": 1, "wrong": []}
     monkeypatch.setattr(evaluation, "evaluate", lambda *given, **more: {
         "target": scores, "kept": {}, "text": {}, "Avg1": 1.0, "Avg2": 1.0, "GM": 1.0})
@@ -617,21 +657,20 @@ def names(out, tmp_path, monkeypatch):
 
     monkeypatch.setattr(bench.multiprocessing, "get_context", lambda kind: bench)
     monkeypatch.setattr(bench, "Process", Worker, raising=False)
+    monkeypatch.setattr(bench, "CALIBRATIONS", {"small": "--source {out}/small"})
     monkeypatch.setattr(bench, "step_times", lambda *given: {})
-    return {"dir": tmp_path, "file": tmp_path / "x", "jsonl": tmp_path / "x.jsonl", "text": tmp_path / "x.txt",
-            "pipe": tmp_path / "pipe", "pt": out / "proxy.pt"}
+    return {"dir": tmp_path, "file": tmp_path / "x", "jsonl": tmp_path / "x.jsonl",
+            "text": tmp_path / "x.txt", "pipe": tmp_path / "pipe", "pt": out / "proxy.pt"}
 
 
-def test_any_command_line_is_done_or_refused(out, names, capsys):
-    found = collections.Counter(fuzzed(random.Random(seed), names, out, capsys) for seed in range(60))
+def test_any_command_line_is_done_or_refused(out, names):
+    found = collections.Counter(fuzzed(random.Random(seed), names, out) for seed in range(60))
     assert found["refused"] > 20 and found["done"] > 3
 
 
 @pytest.mark.slow
-def test_any_command_line_is_done_or_refused_2500_cases(out, names, capsys):
-    found = counted("command lines", 2500, lambda rng: fuzzed(rng, names, out, capsys))
-    with capsys.disabled():
-        print(f"\ncommand lines: {dict(found)}")
+def test_any_command_line_is_done_or_refused_2500_cases(out, names):
+    counted("command lines", 2500, lambda rng: fuzzed(rng, names, out))
 
 
 @pytest.mark.parametrize("parser", [*train.parser()._subparsers._group_actions[0].choices.values(),
@@ -640,9 +679,8 @@ def test_help_says_what_every_option_is_and_its_default(parser):
     shown = " ".join(parser.format_help().split())
     for action in parser._actions:
         assert action.help, action.option_strings
-        if action.default not in (None, "==SUPPRESS==", False) and not action.required:
-            assert "(default: " in parser._get_formatter()._expand_help(action) + (
-                "(default: " if "%(default)" in action.help else ""), action.option_strings
-            assert str(action.default) in shown, action.option_strings
+        if action.default not in (None, "==SUPPRESS==") and action.default is not False:
+            assert f"(default: {action.default})" in parser._get_formatter()._expand_help(action) or \
+                f"(default: {action.default})" in shown, action.option_strings
         elif action.option_strings and action.nargs is None and not action.required:
-            assert any(word in action.help for word in ("default", "without", "with --report", "several")), action
+            assert any(word in action.help for word in ("default", "without", "with --report", "several"))

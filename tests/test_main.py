@@ -395,7 +395,76 @@ def test_a_loss_that_is_not_finite_stops_the_run(out, tmp_path, capsys):
     copy = tmp_path / "copy"
     subprocess.run(["cp", "-r", out, copy], check=True)
     said = failing(capsys, train.main, f"adapt --task code --method lora --lr 1e30 {ADAPT} --out {copy}")
-    assert "is not finite at step" in said and "smaller --lr" in said
+    assert "is not finite at step 2, first in the output of transformer.h.0.attn." in said
+    assert "smaller --lr" in said
+
+
+class Spoilt(torch.autograd.Function):
+    """Passes values on, forwards times the one factor, backwards times the other."""
+
+    @staticmethod
+    def forward(ctx, x, forwards, backwards):
+        ctx.backwards = backwards
+        return x * forwards
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.backwards, None, None
+
+
+@pytest.mark.parametrize("forwards, backwards, answer", [
+    (float("nan"), 1, "the output of transformer.h.1.mlp.c_fc"),
+    (float("inf"), 1, "the output of transformer.h.1.mlp.c_fc"),
+    (1, float("nan"), "the gradient of transformer.h.1.mlp.c_fc.bias")])
+def test_what_went_wrong_is_named_and_the_last_save_kept(tmp_path, monkeypatch, forwards, backwards, answer):
+    """One layer gives NaN or infinity from step 6 on: the run stops there; what it saved at step 4 stays."""
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    torch.manual_seed(0)
+    model = model_module.GPT(model_module.GPTConfig(16, 257, 3, 2, 8))
+    seen, partial = [], tmp_path / "x.partial"
+
+    def spoil(layer, inputs, output):
+        return Spoilt.apply(output, *((forwards, backwards) if len(seen) > 5 else (1, 1)))
+
+    def batch(step):
+        seen.append(step)
+        x = torch.arange(32).view(2, 16)
+        return x, x
+    model.transformer.h[1].mlp.c_fc.register_forward_hook(spoil)
+    optimizer = torch.optim.SGD([{"params": model.parameters(), "lr": 0.01}])
+    with pytest.raises(ValueError, match=f"not finite at step 6, first in {answer}; try a smaller --lr"):
+        train.fit(model, [optimizer], batch, {"steps": 10, "lr": 0.01}, partial)
+    saved = model_module.load(partial, "partial", "")
+    assert saved["step"] == 4 and len(saved["losses"]) == 4
+
+
+def test_what_is_not_finite_is_not_saved(out, tmp_path, capsys):
+    """The last step takes the weights to infinity, and no loss comes after it: nothing is written."""
+    copy = tmp_path / "copy"
+    subprocess.run(["cp", "-r", out, copy], check=True)
+    command = f"adapt --task code --method full --lr 1e39 {ADAPT} --steps 1 --out {copy}"
+    assert "holds NaN or infinity" in failing(capsys, train.main, command)
+    assert not list(copy.glob("code/full*/adapter.pt"))
+
+
+def test_bf16_agrees_with_float32(out, monkeypatch):
+    """Loss, gradients and a run's losses: the same to 1 %, 5 % and 1 %; weights and logits stay float32."""
+    torch.manual_seed(0)
+    x = torch.randint(257, (8, 64))
+    found = {}
+    for bf16 in False, True:
+        monkeypatch.setattr(model_module, "bf16_cpu", lambda: bf16)
+        model = train.load_foundation(out, "cpu")[0].requires_grad_(True)
+        loss = train.loss_of(model, x[:, :-1], x[:, 1:])
+        loss.backward()
+        assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in model.parameters())
+        gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
+        path = train.main(f"adapt --task code --method folora-kl {ADAPT} --lr {0.01 + bf16 / 1e6} --out "
+                          f"{out}".split())
+        found[bf16] = loss.item(), gradient, torch.load(path, weights_only=True)["losses"]
+    assert found[True][0] != found[False][0] and found[True][0] == pytest.approx(found[False][0], rel=0.01)
+    assert (found[True][1] - found[False][1]).norm() < 0.05 * found[False][1].norm()
+    assert found[True][2] == pytest.approx(found[False][2], rel=0.01)
 
 
 @pytest.mark.parametrize("script", ["train.py", "train.py pretrain", "train.py adapt",
