@@ -9,7 +9,6 @@ The first step and C_pre do not depend on the task: out/proxy.pt keeps them. `tr
 C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
 """
 import collections
-import contextlib
 import hashlib
 import pathlib
 import random
@@ -21,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
-from model import block_linears, generate, load, pick_device, reading, save
+from model import block_linears, generate, load, pick_device, reading, save, watching
 from train import (Parser, add_options, add_task, check_measured, command, load_foundation, positive,
                    response_batch, reusable, task_folder, whole)
 
@@ -97,21 +96,6 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 
 # ------------------------------------------------------------------------------------------------------------
 # Measure
-
-@contextlib.contextmanager
-def watching(layers, see, outputs=False):
-    """Call see(name, input) before each of {name: layer} runs, or see(name, output) after it; the hooks are
-    gone afterwards, also after an error."""
-    handles = [layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, output))
-               if outputs else
-               layer.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
-               for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
 
 @torch.inference_mode()
 def second_moments(model, rows, batch=64):

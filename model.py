@@ -35,9 +35,8 @@ class GPTConfig:
     encoding: str = "bytes"  # what a token is: see tasks.encoding_called
 
     def __post_init__(self):
-        for name, most in dict(block_size=2 ** 20, vocab_size=2 ** 20, n_layer=1000, n_head=1000,
-                               n_embd=2 ** 16).items():
-            value = getattr(self, name)
+        for name in "block_size", "vocab_size", "n_layer", "n_head", "n_embd":
+            value, most = getattr(self, name), 1000 if name == "n_layer" else 2 ** 20
             if type(value) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
         if self.n_embd % self.n_head:
@@ -279,6 +278,21 @@ def block_linears(model, kind=nn.Linear):
             if isinstance(m, kind) and name.startswith("transformer.h.")}
 
 
+@contextlib.contextmanager
+def watching(layers, see, outputs=False):
+    """Call see(name, input) before each of {name: layer} runs, or see(name, output) after it; the hooks are
+    gone afterwards, also after an error."""
+    handles = [layer.register_forward_hook(lambda module, inputs, output, name=name: see(name, output))
+               if outputs else
+               layer.register_forward_pre_hook(lambda module, inputs, name=name: see(name, inputs[0]))
+               for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def add_lora(model, r, scale=1.0):
     """Freeze the model and give every linear projection of its blocks an adapter of rank r;
     returns {name: LoRALinear}."""
@@ -365,11 +379,8 @@ def read_gpt2(source):
                      if (path / name).exists()), path / "pytorch_model.bin")
     with reading(path, advice):
         if path.suffix == ".safetensors":
-            try:
-                from safetensors.torch import load_file
-            except ImportError:
-                raise ValueError("it needs the package safetensors: pip install safetensors")
-            return as_plain(load_file(path), path), n_head
+            from safetensors.torch import load_file
+            return vetted(load_file(path)), n_head
         return unpacked(path), n_head
 
 
@@ -428,50 +439,37 @@ def reading(path, advice):
                          f"{advice}") from None
 
 
-def tensors_in(content):
-    """[(name, tensor)] of all tensors in nested dicts and lists. Each of these is visited once: a hostile
-    file can hold a list in itself."""
-    found, waiting, seen = [], [("", content)], set()
+def vetted(content, most=math.inf):
+    """The content if all tensors in its nested dicts and lists are plain, finite, and together of at most
+    `most` bytes: a small file's strides of 0 can claim any size. ValueError names a tensor that is not."""
+    tensors, waiting, seen = [], [("", content)], set()
     while waiting:
         name, part = waiting.pop()
         if torch.is_tensor(part):
-            found.append((name, part))
+            tensors.append((name, part))
         elif isinstance(part, (dict, list, tuple)) and id(part) not in seen:
-            seen.add(id(part))
+            seen.add(id(part))  # visited once: a list can hold itself
             pairs = part.items() if isinstance(part, dict) else enumerate(part)
             waiting += [(f"{name} {key}"[-100:].strip(), value) for key, value in pairs]
-    return found
-
-
-def must_be_finite(content):
-    for name, t in tensors_in(content):
-        if not torch.isfinite(t).all():
-            raise ValueError(f"{name} holds NaN or infinity")
-
-
-def as_plain(content, path):
-    """The content of a file if its tensors are ordinary, finite and not larger than the file: a tensor can
-    claim more elements than stand there (strides of 0), and two can share them, as tied weights do."""
-    tensors = [t for _, t in tensors_in(content)]
-    if any(t.layout != torch.strided or t.device.type != "cpu" for t in tensors):
-        raise ValueError("it holds tensors that are not plain")
-    if sum(t.nbytes for t in tensors) > 2 * path.stat().st_size:
+    if sum(t.nbytes for _, t in tensors) > most:
         raise ValueError("its tensors claim to be larger than the file")
-    must_be_finite(content)
+    for name, t in tensors:
+        if t.layout != torch.strided or not torch.isfinite(t).all():
+            raise ValueError(f"{name} is sparse, or holds NaN or infinity")
     return content
 
 
 def unpacked(path):
     """What torch.save wrote: tensors and plain values only. Executes nothing, and takes no more memory than
     the file's size warrants."""
+    size = path.stat().st_size
     if zipfile.is_zipfile(path):  # not so GPT-2's own weights, in torch's older format
         with zipfile.ZipFile(path) as archive:
-            if sum(record.file_size for record in archive.infolist()) > path.stat().st_size:
-                raise ValueError("it claims to be larger than it is")
-            if archive.testzip():
-                raise ValueError("it is damaged")
+            if sum(record.file_size for record in archive.infolist()) > size or archive.testzip():
+                raise ValueError("it is damaged, or claims to be larger than it is")
     with warnings.catch_warnings(action="ignore"):  # remarks on what a broken file seems to be
-        return as_plain(torch.load(path, map_location="cpu", weights_only=True), path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    return vetted(content, 2 * size)  # tied weights stand there once
 
 
 def check(found, expected):
@@ -495,7 +493,7 @@ def digest(path, end=None):
 def save(path, content):
     """Write a checkpoint: a dict of tensors and plain values, with its "kind" and "settings". The SHA-256
     of torch's archive stands behind it. ValueError, and nothing is written, when a tensor is not finite."""
-    must_be_finite(content)
+    vetted(content)
 
     def write(f):
         torch.save(content, f)

@@ -20,7 +20,7 @@ import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
 from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, autocast, block_linears, check, fingerprint,
                    from_gpt2, gpt2_layout, load, merge_lora, pick_device, read_gpt2, reading, save,
-                   write_whole)
+                   watching, write_whole)
 
 SAVE_EVERY = 500  # steps
 PRETRAIN = {  # option: (default, what it is)
@@ -62,8 +62,8 @@ def loss_of(model, x, y):
     return F.cross_entropy(logits.float(), y[counted])
 
 
-def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, penalty=None,
-        after=None):
+def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, after=None,
+        penalty=lambda: 0):
     """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
@@ -75,22 +75,19 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     first, losses = resume(partial, settings, trained, optimizers)
     began, tokens, said = time.time(), 0, first
-
-    def loss_on(x, y):
-        return loss_of(model, x, y) + (penalty() if penalty else 0)
     for step in range(first, steps):
         factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
         for optimizer, rates in zip(optimizers, peak):
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate * factor
         x, y = (t.to(device) for t in batch(step))
-        loss = loss_on(x, y)
+        loss = loss_of(model, x, y) + penalty()
         model.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
         losses.append(loss.item())
         if not math.isfinite(losses[-1] + norm.item()):
-            where = first_not_finite(model, lambda: loss_on(x, y))
+            where = first_not_finite(model, lambda: loss_of(model, x, y) + penalty())
             raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in {where}; "
                              f"try a smaller --lr than {settings['lr']}")
         for optimizer in optimizers:
@@ -114,19 +111,16 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
 def first_not_finite(model, loss):
     """Where loss() goes wrong: the first layer, in the order they run, whose output is not finite, else the
     first parameter on the way back with such a gradient."""
-    found = []
+    found, layers = [], {name: layer for name, layer in model.named_modules() if name}
 
-    def see(name, output):
-        if not torch.isfinite(output).all():
-            found.append(f"the output of {name}")
-    handles = [layer.register_forward_hook(lambda layer, x, output, name=name: see(name, output))
-               for name, layer in model.named_modules() if name]
+    def see(name, t):
+        if t is not None and not torch.isfinite(t).all():
+            found.append(name)
     model.zero_grad(set_to_none=True)  # clipping has spread what is not finite over all gradients
-    loss().backward()
-    for handle in handles:
-        handle.remove()
-    found += [f"the gradient of {name}" for name, p in reversed(list(model.named_parameters()))
-              if p.grad is not None and not torch.isfinite(p.grad).all()]
+    with watching(layers, lambda name, y: see(f"the output of {name}", y), outputs=True):
+        loss().backward()
+    for name, p in reversed(list(model.named_parameters())):
+        see(f"the gradient of {name}", p.grad)
     return found[0] if found else "their size"
 
 
@@ -365,7 +359,7 @@ def ready(args, model, method, calibration, items):
     spectral = prepare(model, method, calibration, args)
     optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr)
     return (optimizer, batch,
-            penalty_of(model, calibration, method, args.mu) if method.penalty else None)
+            penalty_of(model, calibration, method, args.mu) if method.penalty else lambda: 0)
 
 
 def penalty_of(model, calibration, method, mu):
@@ -422,18 +416,16 @@ def load_adapted(path, out, device):
         settings, changed = saved["settings"], saved["changed"]
         if settings["foundation"] != foundation:
             raise ValueError("it belongs to another foundation")
-        method, trained = method_called(settings["method"]), ()
-        if method.start:
-            layers = add_lora(model, settings["rank"], settings["scale"])
-            for name, layer in layers.items() if method.protected else ():
-                k = min(changed[f"{name}.lora_U"].shape[1], *layer.weight.shape)
-                layer.protect(*(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
-        else:
-            layers = {}
-            trained = [name for name, p in model.named_parameters()
-                       if not method.steps or name.removesuffix(".weight") in block_linears(model)]
+        method, whole = method_called(settings["method"]), ()
+        layers = add_lora(model, settings["rank"], settings["scale"]) if method.start else {}
+        if not method.start:  # full weights: all, or with SAdam the matrices
+            whole = [f"{name}.weight" for name in block_linears(model)] if method.steps else [
+                name for name, _ in model.named_parameters()]
+        for name, layer in layers.items() if method.protected else ():
+            k = min(changed[f"{name}.lora_U"].shape[1], *layer.weight.shape)
+            layer.protect(*(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
         check(changed, {name: t for name, t in model.state_dict().items()
-                        if "lora_" in name or name in trained})
+                        if "lora_" in name or name in whole})
         for name, layer in layers.items():
             layer.start(changed[f"{name}.lora_A0"], changed[f"{name}.lora_B0"])
         model.load_state_dict(changed, strict=False)

@@ -362,11 +362,11 @@ def test_one_nan_is_named(out, kind, name):
                 value.view(-1)[0] = float("nan")
     spoil(content)
     try:
-        with pytest.raises(ValueError, match=f"{name} holds NaN"):
+        with pytest.raises(ValueError, match=f"{name} is sparse, or holds NaN"):
             save(path, content)
         assert path.read_bytes() == before
         sealed(path, content)
-        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*{name} holds NaN or infinity"):
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*{name} is sparse, or holds NaN"):
             read()
     finally:
         path.write_bytes(before)
@@ -376,7 +376,7 @@ def test_one_nan_is_named(out, kind, name):
     (lambda p: p.pop("transformer.ln_f.bias"), "transformer.ln_f.bias is missing"),
     (lambda p: p.update({"x": torch.zeros(1)}), "x is unknown"),
     (lambda p: p.update({"transformer.ln_f.bias": torch.zeros(9)}), "transformer.ln_f.bias has the shape"),
-    (lambda p: p["transformer.ln_f.bias"].fill_(float("inf")), "ln_f.bias holds NaN or infinity")])
+    (lambda p: p["transformer.ln_f.bias"].fill_(float("inf")), "ln_f.bias is sparse, or holds NaN")])
 def test_a_spoilt_interrupted_run_is_refused(out, tmp_path, monkeypatch, spoil, reason):
     """Saved after the first of two steps; then the saved parameters are changed."""
     command = ["pretrain", *PRETRAIN.split(), "--out", str(tmp_path)]
@@ -541,7 +541,7 @@ def answers(draw):
     atom = st.text(max_size=3) | st.sampled_from([
         "x", "9", "9**9**9", "1<<10**9", "0x" + "f" * 50, "-", "~", "(", ")", "[", "{", "lambda x:", "f(",
         "if", "else", "*", "+", "**", ":=", ",", " ", "\n", "\0", "\x0c", "'", '"\""', "#", "\\", "٣", "𝘹",
-        "\ud800", "__import__('os')", "x.x", "x[0]", "await", "1_0", "1e9", "1j", "...", "{x for x in", "yield", "f'{",
+        "\ud800", "__import__('os')", "x.x", "x[0]", "await", "1_0", "1e9", "1j", "...", "yield", "f'{",
         "b'", "@", "\ufeff", "#### ", "9" * 60])
     part = draw(st.lists(atom, min_size=1, max_size=12).map("".join))
     text = draw(st.sampled_from([1, 2, 7, 40, 200, 10 ** 4])) * part
