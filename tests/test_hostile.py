@@ -28,7 +28,7 @@ import calibrate
 import eval as evaluation
 import tasks
 import train
-from model import digest, load, read_gpt2, save
+from model import GPT, GPTConfig, digest, load, read_gpt2, save
 
 PRETRAIN = "--steps 2 --batch 2 --layers 1 --heads 2 --width 8"
 CALIBRATE = "--samples 8 --queries 8 --min-unique 0 --min-unique-fours 0 --max-run 200"
@@ -120,6 +120,22 @@ def test_a_checkpoint_without_a_digest_still_loads(tmp_path):
     assert refused_or_right(tmp_path / "x.pt", whole()[:-32]) == "loaded"
     torch.save(CONTENT, tmp_path / "x.pt")
     assert same(load(tmp_path / "x.pt", "adapter", ""))
+
+
+def test_a_damaged_older_file_is_found_by_the_archives_own_checksums(tmp_path):
+    """In a tensor's values. (Without a digest some flips in the archive's own directory stay unnoticed.)"""
+    old = whole()[:-32]
+    start = old.index(CONTENT["t"].numpy().tobytes())
+    for bit in range(8 * start, 8 * (start + 20), 7):
+        assert refused_or_right(tmp_path / "x.pt", flipped(old, bit)) == "refused"
+
+
+def test_a_list_that_holds_itself_is_read_once(tmp_path):
+    loop = {"kind": "adapter", "settings": {}}
+    loop["loop"] = [loop, loop]
+    sealed(tmp_path / "x.pt", loop)
+    with bounded():
+        assert load(tmp_path / "x.pt", "adapter", "")["loop"][1]["kind"] == "adapter"
 
 
 @settings(max_examples=100)
@@ -356,6 +372,39 @@ def test_spoilt_checkpoints_are_refused_2000_cases(out):
     found = counted("spoilt checkpoints", 2000, lambda rng: spoilt_checkpoint(out, rng))
     for way in "nan", "infinite", "shape", "type", "sparse", "huge":
         assert found[f"{way}: refused"], way
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"n_layer": 10 ** 9}, "n_layer is 1000000000; it must be a whole number from 1 to 1,000"),
+    ({"n_embd": 10 ** 9}, "n_embd is"), ({"n_embd": 2 ** 20}, "has the shape"),
+    ({"n_head": 3}, "multiple of heads"), ({"n_head": 2.0}, "n_head is 2.0"), ({"vocab_size": 100}, "has the shape"), ({"colour": 1}, "TypeError"),
+    ({"encoding": "x"}, "the vocabulary of x")])
+def test_a_config_that_does_not_fit_is_named(out, change, reason):
+    """Before anything of its size is made."""
+    path, read = reading_again(out, "foundation")
+    before, content = path.read_bytes(), torch.load(path, weights_only=True)
+    content["settings"]["config"].update(change)
+    try:
+        sealed(path, content)
+        with bounded(), pytest.raises(ValueError, match=f"foundation.pt cannot be read .*{reason}"):
+            read()
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_vocabulary_too_small_for_its_encoding_is_refused(out, tmp_path):
+    """All tensors fit each other, but not the bytes that they are to read."""
+    config = dict(block_size=8, vocab_size=99, n_layer=1, n_head=1, n_embd=8)
+    weights = GPT(GPTConfig(**config)).state_dict()
+    save(tmp_path / "foundation.pt", {"kind": "foundation", "settings": {"config": config}, "model": weights})
+    with pytest.raises(ValueError, match="99 tokens, too few for bytes"):
+        train.load_foundation(tmp_path, "cpu")
+
+
+def test_a_folder_in_the_way_is_named_before_the_work(tmp_path):
+    (tmp_path / "foundation.pt").mkdir()
+    with bounded(), pytest.raises(ValueError, match="foundation.pt is a folder, where a file is to be"):
+        train.main(["pretrain", "--steps", "100000", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize("kind, name", [("foundation", "lm_head.weight"), ("folora", "lora_B"),

@@ -295,6 +295,8 @@ def failing(capsys, main, arguments):
     ("adapt --task code --method lora --tau nan", "'nan' is not a number"),
     ("adapt --task code --method folora --calibration other", "other.pt is missing; make it with: python"),
     ("adapt --task code --method replay --out /nowhere", "foundation.pt is missing"),
+    ("adapt --task code --method lora --scale 0", "scale is 0.0; κ must be a positive number"),
+    ("adapt --task code --method lora --seed 9223372036854775808", "is not a whole number of 0 or more"),
     ("adapt --task code --method lora --lr -1", "argument --lr: '-1' is not a number of 0 or more"),
     ("adapt --task code --method lora --steps 0", "'0' is not a whole number of 1 or more"),
     ("adapt --task code --method lora --batch 99 --examples 8", "batch is 99"),
@@ -320,6 +322,13 @@ def test_what_a_user_gets_wrong_in_train(out, capsys, arguments, answer):
     ("--samples 5 --min-tokens 500", "only 0 of 5 samples passed the filters")])
 def test_what_a_user_gets_wrong_in_calibrate(out, capsys, arguments, answer):
     assert answer in failing(capsys, calibrate.main, f"{arguments} --out {out}")
+
+
+def test_memory_that_is_not_there_is_one_line(capsys):
+    """And an error of the program stays a traceback."""
+    assert "memory" in failing(capsys, lambda arguments: torch.empty(10 ** 17), "")
+    with pytest.raises(RuntimeError, match="size"):
+        train.command(lambda: torch.ones(2) @ torch.ones(3, 3))
 
 
 def calibrated_from(source, out, copy):
@@ -558,6 +567,17 @@ def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer
     names["short"].write_text("short\n")
     with pytest.raises((ValueError, OSError), match=answer.replace("(", r"\(")):
         on_files(out, *(argument.format(**names) for argument in arguments))
+
+
+@pytest.mark.parametrize("arguments, answer", [
+    (["--keep", "/nowhere.txt"], "/nowhere.txt is missing, or not a file"),
+    (["--methods", "lora", "magic"], "invalid choice: 'magic'"),
+    (["--calibrate", "--samples 0"], "'0' is not a whole number of 1 or more"),
+    (["--adapt", "--nonsense 1"], "unrecognized arguments: --nonsense 1")])
+def test_what_is_wrong_is_named_before_any_work(tmp_path, arguments, answer):
+    with pytest.raises(ValueError, match=answer):
+        evaluation.main([*arguments, "--out", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
 
 
 def test_long_rows_can_be_left_out(out, files, capsys):
