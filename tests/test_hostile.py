@@ -377,8 +377,9 @@ def test_spoilt_checkpoints_are_refused_2000_cases(out):
 @pytest.mark.parametrize("change, reason", [
     ({"n_layer": 10 ** 9}, "n_layer is 1000000000; it must be a whole number from 1 to 1,000"),
     ({"n_embd": 10 ** 9}, "n_embd is"), ({"n_embd": 2 ** 20}, "has the shape"),
-    ({"n_head": 3}, "multiple of heads"), ({"n_head": 2.0}, "n_head is 2.0"), ({"vocab_size": 100}, "has the shape"), ({"colour": 1}, "TypeError"),
-    ({"encoding": "x"}, "the vocabulary of x")])
+    ({"n_head": 3}, "multiple of heads"), ({"n_head": 2.0}, "n_head is 2.0"),
+    ({"vocab_size": 100}, "has the shape"),
+    ({"colour": 1}, "TypeError"), ({"encoding": "x"}, "the vocabulary of x")])
 def test_a_config_that_does_not_fit_is_named(out, change, reason):
     """Before anything of its size is made."""
     path, read = reading_again(out, "foundation")

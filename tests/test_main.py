@@ -327,7 +327,7 @@ def test_what_a_user_gets_wrong_in_calibrate(out, capsys, arguments, answer):
 def test_memory_that_is_not_there_is_one_line(capsys):
     """And an error of the program stays a traceback."""
     assert "memory" in failing(capsys, lambda arguments: torch.empty(10 ** 17), "")
-    with pytest.raises(RuntimeError, match="size"):
+    with pytest.raises(RuntimeError, match="shapes"):
         train.command(lambda: torch.ones(2) @ torch.ones(3, 3))
 
 
