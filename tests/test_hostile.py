@@ -393,6 +393,19 @@ def test_a_config_that_does_not_fit_is_named(out, change, reason):
         path.write_bytes(before)
 
 
+@pytest.mark.parametrize("token", [-2, 257])
+def test_samples_are_the_models_tokens(out, token):
+    path, read = reading_again(out, "calibration")
+    before, content = path.read_bytes(), torch.load(path, weights_only=True)
+    content["samples"][-1, 0] = token
+    try:
+        sealed(path, content)
+        with pytest.raises(ValueError, match="calibration.pt cannot be read .samples are not rows"):
+            read()
+    finally:
+        path.write_bytes(before)
+
+
 def test_a_vocabulary_too_small_for_its_encoding_is_refused(out, tmp_path):
     """All tensors fit each other, but not the bytes that they are to read."""
     config = dict(block_size=8, vocab_size=99, n_layer=1, n_head=1, n_embd=8)
@@ -423,11 +436,11 @@ def test_one_nan_is_named(out, kind, name):
                 value.view(-1)[0] = float("nan")
     spoil(content)
     try:
-        with pytest.raises(ValueError, match=f"{name} is sparse, or holds NaN"):
+        with pytest.raises(ValueError, match=f"{name} holds NaN"):
             save(path, content)
         assert path.read_bytes() == before
         sealed(path, content)
-        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*{name} is sparse, or holds NaN"):
+        with pytest.raises(ValueError, match=f"{path.name} cannot be read .*{name} holds NaN"):
             read()
     finally:
         path.write_bytes(before)
@@ -437,7 +450,7 @@ def test_one_nan_is_named(out, kind, name):
     (lambda p: p.pop("transformer.ln_f.bias"), "transformer.ln_f.bias is missing"),
     (lambda p: p.update({"x": torch.zeros(1)}), "x is unknown"),
     (lambda p: p.update({"transformer.ln_f.bias": torch.zeros(9)}), "transformer.ln_f.bias has the shape"),
-    (lambda p: p["transformer.ln_f.bias"].fill_(float("inf")), "ln_f.bias is sparse, or holds NaN")])
+    (lambda p: p["transformer.ln_f.bias"].fill_(float("inf")), "ln_f.bias holds NaN")])
 def test_a_spoilt_interrupted_run_is_refused(out, tmp_path, monkeypatch, spoil, reason):
     """Saved after the first of two steps; then the saved parameters are changed."""
     command = ["pretrain", *PRETRAIN.split(), "--out", str(tmp_path)]
@@ -608,6 +621,15 @@ def answers(draw):
     text = draw(st.sampled_from([1, 2, 7, 40, 200, 10 ** 4])) * part
     return draw(st.sampled_from(["", "lambda x: ", "#### "])) + draw(
         st.sampled_from([text, text[:200], text[:180]]))
+
+
+def test_a_number_is_soon_found_or_not():
+    """Of 300,000 digits in no more than time for them."""
+    with bounded(2):
+        assert tasks.final_number("#### " + "9" * 300_000 + "x") is None
+        assert tasks.final_number("#### " + "9," * 300_000) is None
+        assert tasks.final_number("#### 12" + " " * 300_000) == 12
+        assert tasks.final_number("#### 1" * 300_000) == 1
 
 
 def hostile_answer(said):
