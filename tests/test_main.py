@@ -318,6 +318,7 @@ def test_what_a_user_gets_wrong_in_train(out, capsys, arguments, answer):
     ("--task poetry", "unknown task 'poetry'"),
     ("--source /nowhere",
      "/nowhere/foundation.pt is missing; make it with: python train.py pretrain --out /nowhere"),
+    ("--name calibration/../x", "name is 'calibration/../x'; it must be like calibration"),
     ("--samples 0", "'0' is not a whole number of 1 or more"), ("--max-new 999", "999"),
     ("--samples 5 --min-tokens 500", "only 0 of 5 samples passed the filters")])
 def test_what_a_user_gets_wrong_in_calibrate(out, capsys, arguments, answer):
