@@ -212,7 +212,7 @@ def test_a_singular_H_is_refused_with_a_tau_that_works(n, digits, scale):
 @pytest.mark.parametrize("n", [512, 1024, 3072])
 @pytest.mark.parametrize("digits", [2, 8, 14])
 def test_hard_pairs_of_real_size(n, digits):
-    """GPT-2's widest layer reads 3072 inputs. 10 minutes: pytest tests/test_folora.py -m slow -s"""
+    """GPT-2's widest layer reads 3072 inputs. 30 minutes on a busy core: -m slow -s"""
     for kind in ("even", "repeated") if n < 3072 else ("even",):
         print(f"\nn {n}, cond 1e{digits}, {kind}: (residual, orthogonality), how:",
               judged(*hard_pair(n, digits, kind, n // 2, (1, 1), 0)))
