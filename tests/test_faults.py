@@ -57,6 +57,7 @@ def in_process(arguments, log, before=None, save_every=0.0):
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     os.setpgid(0, 0)  # its workers can be killed with it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where the tests run in the background
     torch.set_num_threads(1)
     rate, train.SAVE_EVERY = train.learning_rate, save_every
 
