@@ -20,8 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from folora import SecondMoment, solve_layer, spectral_gate
-from model import (add_up, block_linears, gathered, generate, load, own_share, pick_device, processes, reading,
-                   watching)
+from model import (add_up, block_linears, gathered, generate, load, own_share, pick_device, processes,
+                   reading, watching)
 from train import (Parser, add_options, add_task, check_measured, command, load_foundation, positive,
                    response_batch, stage, task_folder, whole)
 

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
-from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, check, claimed,
-                   fingerprint, from_gpt2, gpt2_layout, join_processes, load, merge_lora, own_share,
+from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, check,
+                   claimed, fingerprint, from_gpt2, gpt2_layout, join_processes, load, merge_lora, own_share,
                    pick_device, processes, read_gpt2, reading, save, together, watching, write_whole)
 
 SAVE_EVERY = 30  # seconds
@@ -108,8 +108,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     first, losses = resume(partial, settings, trained, optimizers)
-    began = saved = time.time()
-    tokens, said = 0, first
+    began, saved, tokens, said = time.time(), time.time(), 0, first
     with ctrl_c_noted() as stop:
         for step in range(first, steps):
             factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)

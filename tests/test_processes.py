@@ -29,8 +29,9 @@ train.command(lambda: {{"train": train, "calibrate": calibrate}}[stage].main(arg
 def in_two_processes(tmp_path, stage, arguments):
     script = tmp_path / "command.py"
     script.write_text(COMMAND)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                           script, stage, *arguments.split()], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                           "--nproc_per_node=2", script, stage, *arguments.split()],
+                          capture_output=True, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
