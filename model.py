@@ -11,11 +11,13 @@ https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 import atexit
 import contextlib
 import hashlib
+import io
 import json
 import math
 import mmap
 import os
 import pathlib
+import pickletools
 import sys
 import warnings
 import zipfile
@@ -550,14 +552,35 @@ def vetted(content, most=math.inf):
     return content
 
 
+def no_towers(pickle):
+    """ValueError for a pickle in which tuples are made of tuples that were made before: n of them take 2ⁿ
+    steps to hash."""
+    tuples, top, again = set(), False, 0  # top: whether a tuple lies on top of the stack
+    for op, argument, _ in pickletools.genops(pickle):
+        if op.name.endswith("BINPUT") and top:
+            tuples.add(argument)
+        again += op.name.endswith("BINGET") and argument in tuples
+        top = (op.name.startswith("TUPLE") or op.name.endswith("BINPUT") and top
+               or op.name.endswith("BINGET") and argument in tuples)
+    if again > 20:
+        raise ValueError("it holds a tower of tuples")
+
+
 def unpacked(path):
     """What torch.save wrote: tensors and plain values only. Executes nothing, and takes no more memory than
     the file's size warrants."""
     size = path.stat().st_size
-    if zipfile.is_zipfile(path):  # not so GPT-2's own weights, in torch's older format
+    if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             if sum(record.file_size for record in archive.infolist()) > size or archive.testzip():
                 raise ValueError("it is damaged, or claims to be larger than it is")
+            for name in archive.namelist():
+                if name.endswith("data.pkl"):
+                    no_towers(io.BytesIO(archive.read(name)))
+    else:  # torch's older format, as GPT-2's own weights have it: five pickles, then numbers
+        with open(path, "rb") as f:
+            for _ in range(5):
+                no_towers(f)
     with warnings.catch_warnings(action="ignore"):  # remarks on what a broken file seems to be
         content = torch.load(path, map_location="cpu", weights_only=True)
     return vetted(content, 2 * size)  # tied weights stand there once

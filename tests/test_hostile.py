@@ -13,6 +13,7 @@ import io
 import json
 import os
 import pathlib
+import pickletools
 import random
 import re
 import shutil
@@ -29,7 +30,7 @@ import calibrate
 import eval as evaluation
 import tasks
 import train
-from model import GPT, GPTConfig, digest, load, read_gpt2, save
+from model import GPT, GPTConfig, digest, load, read_gpt2, save, unpacked
 
 PRETRAIN = "--steps 2 --batch 2 --layers 1 --heads 2 --width 8"
 CALIBRATE = "--samples 8 --queries 8 --min-unique 0 --min-unique-fours 0 --max-run 200"
@@ -191,6 +192,32 @@ def test_broken_checkpoints_are_refused_4000_cases(tmp_path):
 
 # ------------------------------------------------------------------------------------------------------------
 # Whole files with a hostile content
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tower_of_tuples_is_refused_at_once(tmp_path, zipped):
+    """60 tuples, each of the one before twice, as a key: to hash it would take 2**60 steps. The file's few
+    hundred bytes are written by hand, since to pickle the dict would need it."""
+    tower = b"\x80\x02}" + b")q\x00" + b"".join(
+        b"h%c\x86q%c" % (n, n + 1) for n in range(60)) + b"Ns."
+    path = tmp_path / "x.pt"
+    torch.save({"kind": "x"}, path, _use_new_zipfile_serialization=zipped)
+    if zipped:
+        with zipfile.ZipFile(path) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, content in records.items():
+                archive.writestr(name, tower if name.endswith("data.pkl") else content)
+    else:
+        with open(path, "rb") as f:
+            for _ in range(3):
+                collections.deque(pickletools.genops(f), 0)
+            head = path.read_bytes()[:f.tell()]
+        path.write_bytes(head + tower + b"\x80\x02].")
+    began = time.time()
+    with pytest.raises(ValueError, match="tower of tuples"):
+        unpacked(path)
+    assert time.time() - began < 2
+
 
 class Bomb:
     """Unpickling it makes a file."""
