@@ -8,7 +8,6 @@ Shapes: B rows of a batch, T tokens, C = n_embd, nh heads of hs = C / nh channel
 Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGPT,
 https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 """
-import atexit
 import contextlib
 import hashlib
 import io
@@ -415,9 +414,15 @@ def join_processes():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group()
-        atexit.register(dist.destroy_process_group)
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
+
+
+def leave_processes():
+    """Wait for each other at the end: who is first must not take the connection with it."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def processes():

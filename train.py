@@ -21,8 +21,9 @@ from torch.nn import functional as F
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
 from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, check,
-                   claimed, fingerprint, from_gpt2, gpt2_layout, join_processes, load, merge_lora, own_share,
-                   pick_device, processes, read_gpt2, reading, save, together, watching, write_whole)
+                   claimed, fingerprint, from_gpt2, gpt2_layout, join_processes, leave_processes, load,
+                   merge_lora, own_share, pick_device, processes, read_gpt2, reading, save, together,
+                   watching, write_whole)
 
 SAVE_EVERY = 30  # seconds
 PRETRAIN = {  # option: (default, what it is)
@@ -550,6 +551,7 @@ def command(main):
     try:
         join_processes()
         main()
+        leave_processes()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's way to say it is used up
             raise
