@@ -522,22 +522,17 @@ def step_times(study, methods=COMPARED, rounds=9, steps=4):
     """{method: its steps' time over plain LoRA's in the same round, a ratio for each of `rounds`}.
     All methods run in turn, so that what else the machine does slows all alike; the first round warms up."""
     def make():
-        runs, seconds = {}, {method: [] for method in methods}
+        runs = {}
         for method in methods:
             args = study.args((study.tasks[0], method, 4, 0, ("--steps", str(steps))))
             model, foundation = load_foundation(args.out, study.device)
             how = METHODS[method]
             calibration = train.load_calibration(args, model, foundation) if how.calibrated else None
             items = tasks.task_items(args.task, "train", args.examples)
-            runs[method] = args, model, train.ready(args, model, how, calibration, items)
-        for _ in range(1 + rounds):
-            for method, (args, model, (optimizer, batch, penalty)) in runs.items():
-                began = time.perf_counter()
-                with contextlib.redirect_stdout(None):
-                    train.fit(model, [optimizer], batch, vars(args), None, penalty=penalty)
-                seconds[method].append(time.perf_counter() - began)
-        return {"ratios": {method: [s / lora for s, lora in zip(found[1:], seconds["lora"][1:])]
-                           for method, found in seconds.items()}}
+            optimizer, batch, penalty = train.ready(args, model, how, calibration, items)
+            runs[method] = steps_of(model, [optimizer], batch, steps, penalty)
+        found = interleaved(rounds, **runs)
+        return {"ratios": {method: ratio(found, method, "lora") for method in methods}}
 
     task = study.tasks[0]
     return kept(study.out / task / "step_times.json", study.identity[task], make)["ratios"]
@@ -859,11 +854,11 @@ def time_sadam_tiny(args):
     return sadam_share(TINY, 8, *code_batch(), 1, 3 * args.repeats)[:1]
 
 
-def steps_of(model, optimizers, batch, steps):
-    """() -> so many steps of this project's loop."""
+def steps_of(model, optimizers, batch, steps, penalty=lambda: 0):
+    """() -> so many steps of this project's loop, which save nothing."""
     def run():
         with contextlib.redirect_stdout(None):
-            train.fit(model, optimizers, batch, {"steps": steps, "lr": 0}, pathlib.Path("none"))
+            train.fit(model, optimizers, batch, {"steps": steps, "lr": 0}, None, penalty=penalty)
     return run
 
 

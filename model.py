@@ -420,8 +420,8 @@ def join_processes():
 
 def leave_processes():
     """Wait for each other at the end: who is first must not take the connection with it."""
+    together()
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
 
 

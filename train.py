@@ -136,9 +136,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
                       f"{tokens / seconds:7,.0f} tokens/s  {left:4.0f} s left", flush=True)
                 said = step + 1
             if partial and (stop or step + 1 < steps and time.time() - saved > SAVE_EVERY):
-                save(partial, {"kind": "partial", "settings": settings, "step": step + 1, "losses": losses,
-                               "parameters": {name: p.detach() for name, p in trained.items()},
-                               "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+                keep(partial, settings, losses, trained, optimizers)
                 saved = time.time()
             if stop:
                 raise KeyboardInterrupt
@@ -159,6 +157,13 @@ def first_not_finite(model, again):
     for name, p in reversed(list(model.named_parameters())):
         see(f"the gradient of {name}", p.grad)
     return found[0] if found else "their size"
+
+
+def keep(partial, settings, losses, trained, optimizers):
+    """Save what `resume` goes on from; there is a loss for each step that is done."""
+    save(partial, {"kind": "partial", "settings": settings, "step": len(losses), "losses": losses,
+                   "parameters": {name: p.detach() for name, p in trained.items()},
+                   "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
 
 
 def resume(partial, settings, trained, optimizers):
