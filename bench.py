@@ -13,7 +13,9 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import gzip
 import importlib.util
+import json
 import math
 import multiprocessing
 import os
@@ -34,7 +36,7 @@ import torch
 import calibrate
 import tasks
 import train
-from eval import evaluate, items_of, kept, markdown, on_disk, write_json
+from eval import evaluate, items_of, kept, markdown, on_disk, text_files, write_json
 from folora import (METHODS, Method, SAdam, SecondMoment, damped, fisher, forgetting_penalty,
                     generalized_eigh, kaiming, kaiming_start, leading, null_space, sadam, solve_layer,
                     spectral_gate)
@@ -101,7 +103,7 @@ QUICK = ("lora", "lora-null", "replay", "folora", "folora-kl")
 FIRST_RATE = {"full": -6, "folora-full": -6, "pissa": 0, "sc-lora": 0, "lora-null": 2, "corda": 2,
               "milora": 2, "oplora": 2, "folora-top": 2, "replay": 6, "lora-null-v2": 8, "null-frozen": 8,
               "top-frozen": 8}           # of a sweep, as an index (see `rate`); 4 for the others
-ITEMS, ROWS = 100, 64                    # of each kind, of held-out text
+ITEMS, TEXT = 100, 8192                  # of each kind; tokens of held-out text
 
 # {group: {name: (method, options of train.py adapt)}}
 ABLATIONS = {
@@ -119,6 +121,7 @@ ABLATIONS = {
         ("tau", "0.001"), ("tau", "0.1"), ("tau", "1"))},
     "calibration": {f"folora-kl, {name}": ("folora-kl", ("--calibration", f"calibration-{name}"))
                     for name in ("mixture", "prose", "facts", "small", "16", "128", "500")},
+    "bases": {"folora": ("folora", ()), "folora, in bfloat16": ("folora", ("--basis", "bfloat16"))},
     "twice the steps": {f"{name}, 400 steps": (name, ("--steps", "400")) for name in QUICK},
 }
 ABLATION_SEEDS = (1, 2, 3)
@@ -136,14 +139,19 @@ def rate(k):
 class Study:
     """All runs of a comparison under `out`: which are finished, and how to do one."""
 
-    def __init__(self, out, chosen, adapt=""):
-        self.out, self.tasks, self.device = pathlib.Path(out), chosen, pick_device()
-        self.adapt = shlex.split(adapt)  # options for every run
-        self.base, foundation = load_foundation(out, self.device)
-        self.C_pre = load(self.out / "proxy.pt", "proxy", f"python calibrate.py --out {out}")["C_pre"]
+    def __init__(self, args, chosen):
+        self.out, self.tasks, self.device = pathlib.Path(args.out), chosen, pick_device()
+        self.adapt, self.keep = shlex.split(args.adapt), args.keep  # options for every run; files
+        self.skip_bad = "--skip-bad" in self.adapt
+        self.methods = args.methods or (QUICK if args.quick else COMPARED)
+        self.base, foundation = load_foundation(args.out, self.device)
+        self.C_pre = load(self.out / "proxy.pt", "proxy", f"python calibrate.py --out {args.out}")["C_pre"]
         self.identity = {task: {"foundation": foundation, "python": platform.python_version(), "text":
-                                tasks.fingerprint(i.prompt + i.answer for split in tasks.SPLITS
-                                                  for i in tasks.task_items(task, split, tasks.HELD_OUT))}
+                                tasks.fingerprint(i.prompt + i.answer for split in tasks.SPLITS for i in
+                                                  tasks.task_items(task, split, tasks.HELD_OUT,
+                                                                   skip_bad=self.skip_bad)),
+                                **({"keep": tasks.fingerprint(map(tasks.text_of, self.keep))}
+                                   if self.keep else {})}
                          for task in chosen}
         self.finished = {}
 
@@ -170,7 +178,7 @@ class Study:
 
         def scores(path):
             model = load_adapter(path, args.out, self.device)
-            return model, evaluate(model, items_of(args.task, split, ITEMS), split, ROWS)
+            return model, self.scores(model, args.task, split)
 
         def make():
             with open(folder / "log.txt", "w") as log, contextlib.redirect_stdout(log):
@@ -187,6 +195,22 @@ class Study:
 
         return kept(folder / "result.json", self.identity[args.task], make, wait=False)
 
+    def scores(self, model, task, split):
+        return evaluate(model, self.items(task, split), split, TEXT // model.config.block_size,
+                        text_files(self.keep))
+
+    @functools.cache
+    def items(self, task, split):
+        """{"target" or kind: [Item]}. The target of a file is compared by its likelihood, which is finer than
+        the share of right answers."""
+        items = items_of(task, split, ITEMS, None, self.keep, self.skip_bad, self.base.config)
+        if task.endswith(".jsonl"):
+            items["target"] = [dataclasses.replace(item, check=None) for item in items["target"]]
+        return items
+
+    def folder(self, task):
+        return self.out / pathlib.Path(task).stem
+
     def moved(self, model):
         """‖ΔW‖_F over all projections, and ‖ΔW X_pre‖_F as a share of ‖W0 X_pre‖_F, in percent."""
         size = drift = whole = 0
@@ -201,8 +225,8 @@ class Study:
     @functools.cache
     def start(self, task, split):
         """The foundation's own scores."""
-        return kept(self.out / task / f"foundation-{split}-{ITEMS}.json", self.identity[task],
-                    lambda: evaluate(self.base, items_of(task, split, ITEMS), split, ROWS))
+        return kept(self.folder(task) / f"foundation-{split}-{ITEMS}.json", self.identity[task],
+                    lambda: self.scores(self.base, task, split))
 
     def level(self, task):
         """The target score at which retention is compared; None before LoRA's first runs are finished."""
@@ -328,14 +352,14 @@ def finalists(study):
     def mean(method):
         retained = [at_level(study, task, sweep(study, task, method)[1], "valid") for task in study.tasks]
         return average(value or 0 for value in retained)
-    others = sorted((m for m in COMPARED if m != "folora"), key=mean)[-3:]
-    return ["folora", *others]
+    others = sorted((m for m in study.methods if m != "folora"), key=mean)[-3:]
+    return [*(m for m in study.methods if m == "folora"), *others]
 
 
 def missing_runs(study, ablate, quick):
     """The runs to do, the most telling ones first. What follows from a sweep is known when it is finished."""
     variants = dict.fromkeys(variant for group in ABLATIONS.values() for variant in group.values())
-    methods = QUICK if quick else COMPARED
+    methods = study.methods
     if ablate:
         methods = dict.fromkeys(["lora", "folora", *(method for method, _ in variants if method in COMPARED)])
     runs = [run for method in methods for task in study.tasks for run in sweep(study, task, method)[0]]
@@ -355,15 +379,15 @@ def missing_runs(study, ablate, quick):
 
 # Doing them, in as many processes as there are cores
 
-def work(out, chosen, adapt, ablate, quick, workers):
+def work(args, chosen, workers):
     """Do missing runs until there are none; other processes may do the same on the same folder."""
-    study, parent = Study(out, chosen, adapt), multiprocessing.parent_process()
+    study, parent = Study(args, chosen), multiprocessing.parent_process()
     if parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
     if study.device.type == "cpu":
         torch.set_num_threads(1)  # one run a core: 1.3 times the throughput of one run on two cores
     began, done = time.time(), 0
-    while runs := missing_runs(study, ablate, quick):
+    while runs := missing_runs(study, args.ablate, args.quick):
         for run in runs:
             if not study.result(run) and (result := study.do(run)):
                 done += 1
@@ -379,7 +403,7 @@ def work(out, chosen, adapt, ablate, quick, workers):
 
 def describe(run, result):
     task, method, k, seed, other = run
-    said = f"{task:9}{' '.join([method, *other]):24} lr {rate(k):<8g} seed {seed}  "
+    said = f"{pathlib.Path(task).stem:9}{' '.join([method, *other]):24} lr {rate(k):<8g} seed {seed}  "
     if "failed" in result:
         return said + result["failed"]
     scores = result.get("test", result.get("valid"))
@@ -403,7 +427,7 @@ def compare(args, chosen):
     cores = os.cpu_count()
     workers = args.workers or (cores if pick_device().type == "cpu" else max(1, min(8, cores // 2)))
     context = multiprocessing.get_context("spawn")
-    about = functools.partial(work, args.out, chosen, args.adapt, args.ablate, args.quick, workers)
+    about = functools.partial(work, args, chosen, workers)
     processes = [context.Process(target=train.command, args=(about,)) for _ in range(workers)]
     for process in processes:
         process.start()
@@ -415,12 +439,12 @@ def compare(args, chosen):
             process.terminate()
     if any(process.exitcode for process in processes):
         raise ValueError("a worker stopped, what it said stands above; the same command goes on")
-    study = Study(args.out, chosen, args.adapt)
+    study = Study(args, chosen)
     if args.ablate:
         for task in chosen:
             size_control(study, task)
-    else:
-        step_times(study, QUICK if args.quick else COMPARED)
+    elif not args.texts:
+        step_times(study, study.methods)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -448,14 +472,14 @@ def interval(values):
     return f"{mean:.1f} ±{half:.1f} {count}"
 
 
-def at_level(study, task, found, split, share=1.0):
-    """Retention (Avg1) where the target score is `share` times the level: linear between the two rates where
-    it first passes that, rate 0 being the foundation itself; None when no rate reaches it."""
+def at_level(study, task, found, split, share=1.0, of=lambda scores: scores["Avg1"]):
+    """Retention (Avg1, or another score) where the target score is `share` times the level: linear between
+    the two rates where it first passes that, rate 0 being the foundation itself; None when no rate does."""
     level, start = share * study.level(task), study.start(task, split)
-    points = [(start["Avg2"], start["Avg1"])]
+    points = [(start["Avg2"], of(start))]
     for _, result in sorted(found.items()):
         if split in result:
-            points.append((result[split]["Avg2"], result[split]["Avg1"]))
+            points.append((result[split]["Avg2"], of(result[split])))
             (t0, kept0), (t1, kept1) = points[-2:]
             if t1 >= level:
                 return kept1 if t1 == t0 else kept0 + (kept1 - kept0) * (level - t0) / (t1 - t0)
@@ -478,7 +502,7 @@ def headline(study):
     """One row a method: retention at the level; from seed 0's sweep, on validation items, retention at 95 %
     of LoRA's best, the area under the frontier, and GM at the best rate and at one rate for all methods."""
     rows = []
-    for method in COMPARED:
+    for method in study.methods:
         sweeps = {task: sweep(study, task, method) for task in study.tasks}
         if any(missing for missing, _ in sweeps.values()):
             continue
@@ -490,9 +514,12 @@ def headline(study):
                      f"{average(frontier_area(study, task, f) for task, f in found.items()):.1f}",
                      f"{average(max(g.values()) for g in gm):.1f}",
                      f"{average(g.get(6, 0) for g in gm):.1f}"])
-    head = ["", *(f"{task}, at {study.level(task):.0f}" for task in study.tasks), "at 95 %", "area",
-            "best GM", f"GM at {rate(6):g}"]
-    return markdown(head, rows)
+    return markdown(["", *levels(study), "at 95 %", "area", "best GM", f"GM at {rate(6):g}"], rows)
+
+
+def levels(study):
+    """Heads of the tasks' columns."""
+    return [f"{pathlib.Path(task).stem}, at {study.level(task):.0f}" for task in study.tasks]
 
 
 def details(study, task):
@@ -500,7 +527,7 @@ def details(study, task):
     start, rows = study.start(task, "test"), []
     kinds = list(start["kept"])
 
-    for method in COMPARED:
+    for method in study.methods:
         k, runs = settled(study, task, method)
         if not runs:
             continue
@@ -518,7 +545,26 @@ def details(study, task):
                      *(f"{kind} b/B" for kind in start["text"]), "‖ΔW‖", "drift %", "MB", "trained k"], rows)
 
 
-def step_times(study, methods=COMPARED, rounds=9, steps=4):
+def kept_at_level(study, task, share):
+    """One row a method: all that is kept where the target score is `share` times the level; seed 0,
+    validation items."""
+    start, level, measures = study.start(task, "valid"), share * study.level(task), {}
+    at = f"{-math.log(level / 100):.2f} nats" if task.endswith(".jsonl") else f"{level:.0f}"
+    for kind in start["kept"]:
+        measures[f"{kind} %"] = "{:.1f}", lambda s, kind=kind: s["kept"][kind]["score"]
+        measures[f"{kind} nats"] = "{:.2f}", lambda s, kind=kind: s["kept"][kind]["nats"]
+    for kind in start["text"]:
+        measures[f"{kind} b/B"] = "{:.2f}", lambda s, kind=kind: s["text"][kind]["score"]
+    rows = [["foundation", *(form.format(of(start)) for form, of in measures.values())]]
+    for method in study.methods:
+        found = [at_level(study, task, sweep(study, task, method)[1], "valid", share, of)
+                 for _, of in measures.values()]
+        rows.append([method, *("-" if x is None else form.format(x)
+                               for (form, _), x in zip(measures.values(), found))])
+    return markdown([f"{pathlib.Path(task).stem}, at {at}", *measures], rows)
+
+
+def step_times(study, methods, rounds=9, steps=4):
     """{method: its steps' time over plain LoRA's in the same round, a ratio for each of `rounds`}.
     All methods run in turn, so that what else the machine does slows all alike; the first round warms up."""
     def make():
@@ -535,15 +581,15 @@ def step_times(study, methods=COMPARED, rounds=9, steps=4):
         return {"ratios": {method: ratio(found, method, "lora") for method in methods}}
 
     task = study.tasks[0]
-    return kept(study.out / task / "step_times.json", study.identity[task], make)["ratios"]
+    return kept(study.folder(task) / "step_times.json", study.identity[task], make)["ratios"]
 
 
 def times(study):
     """One row a method: median and range of `step_times`."""
-    if not (study.out / study.tasks[0] / "step_times.json").exists():
+    if not (study.folder(study.tasks[0]) / "step_times.json").exists():
         return ""
     rows = [[method, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
-            for method, found in step_times(study).items()]
+            for method, found in step_times(study, study.methods).items()]
     return markdown([f"{study.tasks[0]}: time of a step over LoRA's", "median", "range"], rows)
 
 
@@ -567,7 +613,7 @@ def swept(study):
 
 def size_control(study, task):
     """{method: scores}: each method's ΔW at its settled rate, seed 1, rescaled to the ‖ΔW‖_F of FoLoRA's."""
-    runs = {method: (task, method, settled_rate(study, task, method)[0], 1, ()) for method in COMPARED}
+    runs = {method: (task, method, settled_rate(study, task, method)[0], 1, ()) for method in study.methods}
     runs = {method: run for method, run in runs.items()
             if run[2] is not None and "size" in (study.result(run) or {})}
     if "folora" not in runs:
@@ -583,11 +629,11 @@ def size_control(study, task):
                 for p, p0 in zip(model.parameters(), study.base.parameters()):
                     p.copy_(p0 + factor * (p - p0))
             scores[method] = {"factor": factor,
-                              **evaluate(model, items_of(task, "test", ITEMS), "test", ROWS)}
+                              **study.scores(model, task, "test")}
         return {"scores": scores}
 
     identity = {**study.identity[task], "rates": {method: run[2] for method, run in runs.items()}}
-    return kept(study.out / task / "rescaled.json", identity, make)["scores"]
+    return kept(study.folder(task) / "rescaled.json", identity, make)["scores"]
 
 
 def ablations(study):
@@ -598,10 +644,9 @@ def ablations(study):
                 for name, variant in group.items()]
         rows = [row for row in rows if set(row[1:]) != {"-"}]
         if len(rows) > 1:
-            head = [title, *(f"{task}, at {study.level(task):.0f}" for task in study.tasks)]
-            said.append(markdown(head, rows))
+            said.append(markdown([title, *levels(study)], rows))
     for task in study.tasks:
-        if (study.out / task / "rescaled.json").exists():
+        if (study.folder(task) / "rescaled.json").exists():
             rows = [[method, f"{x['factor']:.2f}", f"{x['Avg2']:.1f}", f"{x['Avg1']:.1f}"]
                     for method, x in size_control(study, task).items()]
             said.append(markdown([f"{task}, ΔW rescaled to FoLoRA's size", "factor", "target", "Avg1"], rows))
@@ -610,14 +655,17 @@ def ablations(study):
 
 def report(args, chosen):
     """Tables to the screen and to out/report.md; pictures to the folder --assets, when it is given."""
-    study = Study(args.out, chosen, args.adapt)
+    study = Study(args, chosen)
     for task in study.tasks:
         if study.level(task) is None:
             raise ValueError(f"{args.out} holds no comparison on {task} yet; run: python eval.py --compare")
-    said = [f"Retention (Avg1) where the target score is {LEVEL:.0%} of LoRA's best. Test items, mean ±95 % "
-            "interval (seeds)", headline(study)]
+    if study.keep:
+        said = [kept_at_level(study, task, share) for task in study.tasks for share in (1, 0.95 / LEVEL)]
+    else:
+        said = [f"Retention (Avg1) where the target score is {LEVEL:.0%} of LoRA's best. Test items, mean "
+                "±95 % interval (seeds)", headline(study)]
     for task in study.tasks:
-        if any(settled(study, task, method)[1] for method in COMPARED):
+        if any(settled(study, task, method)[1] for method in study.methods):
             said += [f"{task}, each at the lowest rate that reached {study.level(task):.0f}",
                      details(study, task)]
     said = "\n\n".join(filter(None, [*said, times(study), explanations(study), *ablations(study)]))
@@ -671,13 +719,13 @@ def picture_frontier(study, plt):
     seed 0, validation items."""
     def draw(ax, task):
         start = study.start(task, "valid")
-        for method in (*LOOKS, *(m for m in COMPARED if m not in LOOKS)):
+        for method in (*LOOKS, *(m for m in study.methods if m not in LOOKS)):
             found = sorted(sweep(study, task, method)[1].items())
             points = [start, *(f["valid"] for _, f in found if "valid" in f)]
             points = [(scores["Avg2"], scores["Avg1"]) for scores in points]
             points = points[:points.index(max(points)) + 1]
             colour, marker = LOOKS.get(method, OTHERS)
-            label = method if method in LOOKS else "the others" if method == COMPARED[-1] else None
+            label = method if method in LOOKS else "the others" if method == study.methods[-1] else None
             ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1.3, label=label,
                     zorder=2 if method in LOOKS else 1)
         ax.axvline(study.level(task), color="#AAAAAA", linestyle=":", linewidth=1)
@@ -702,7 +750,7 @@ def picture_drift(study, plt):
 
 def picture_spectrum(study, plt):
     """γ of a middle block's layers, and the gate that λ = 1 and s_min = 0.3 make of it."""
-    path = study.out / study.tasks[0] / "calibration.pt"
+    path = study.folder(study.tasks[0]) / "calibration.pt"
     layers = load(path, "calibration", "python calibrate.py")["layers"]
 
     def draw(ax, name):
@@ -744,7 +792,64 @@ def picture_training(study, plt):
     return panels(plt, study.tasks, "% right", draw)
 
 
+# ------------------------------------------------------------------------------------------------------------
+# The same on real text with GPT-2's tokens, which the texts' makers offer for download: one option that fills
+# in the others.
+
+CORPORA = ("novels", "factbook", "peps", "algorithms")  # .txt.gz, as wikitext2_test; <|endoftext|> in between
+ROWS = ("trivia", "webquestions_test", "gsm8k_train", "gsm8k_test", "instruct", "mbpp")  # .jsonl
+KNOWN, REPEATED = 1000, 100  # trivia questions that the foundation sees often, so that it has some to forget
+REAL = {"methods": ("lora", "lora-null", "folora", "folora-kl"), "quick": True,
+        "pretrain": "--encoding gpt2 --context 256 --layers 6 --heads 4 --width 256 --batch 8 --steps 1000",
+        "calibrate": "--skip-bad --samples 1000 --fisher-samples 250 --min-unique 0.12 --fours-from 256 "
+                     "--min-new 128",
+        "adapt": "--skip-bad --batch 8 --steps 120"}
+
+
+def write_texts(source, folder):
+    """Write to `folder` what the foundation is to read (train/*.txt), what it must keep (keep/*), of each
+    corpus every 20th text, and the tasks (*.jsonl), whose last rows will be held out."""
+    def write(name, parts):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / name, lambda f: f.writelines(part.encode() for part in parts))
+
+    def texts(name):
+        with gzip.open(tasks.opened(source / f"{name}.txt.gz"), "rt", encoding="utf8") as f:
+            return f.read().split(tasks.EOT)
+
+    rows = {name: tasks.opened(source / f"{name}.jsonl").read().decode().splitlines(True) for name in ROWS}
+    for name in CORPORA:
+        write(f"train/{name}.txt", [part + tasks.EOT for i, part in enumerate(texts(name)) if i % 20])
+        write(f"keep/{name}.txt", texts(name)[::20])
+    write("keep/wikitext2.txt", texts("wikitext2_test"))
+    rows["trivia"] = random.Random("trivia").sample(rows["trivia"], len(rows["trivia"]))
+    trivia = [f"{tasks.EOT}{tasks.QUESTION.format(row['question'])}{row['answer']}\n"
+              for row in map(json.loads, rows["trivia"])]
+    write("train/trivia.txt", trivia + REPEATED * trivia[:KNOWN])
+    write("keep/trivia.jsonl", rows["trivia"][:KNOWN])
+    write("keep/webquestions.jsonl", rows["webquestions_test"])
+    write("gsm8k.jsonl", rows["gsm8k_train"] + rows["gsm8k_test"])
+    write("instruct.jsonl", rows["instruct"])
+    problems = [(row["text"], "\n".join(row["code"].splitlines())) for row in map(json.loads, rows["mbpp"])]
+    write("mbpp.jsonl", [json.dumps({"instruction": text, "output": code}) + "\n" for text, code in problems])
+
+
+def on_texts(args):
+    """The options of `eval.py --compare` for the comparison on real text; those that were given come last."""
+    folder = pathlib.Path(args.out) / "texts"
+    write_texts(pathlib.Path(args.texts), folder)
+    args.tasks = args.tasks or [str(path) for path in sorted(folder.glob("*.jsonl"))]
+    args.keep = [str(path) for path in sorted(folder.glob("keep/*"))]
+    args.methods, args.quick = args.methods or REAL["methods"], True
+    corpora = shlex.join(str(path) for path in sorted(folder.glob("train/*")))
+    args.pretrain = f"{REAL['pretrain']} --data {corpora} {args.pretrain}"
+    for stage in "calibrate", "adapt":
+        setattr(args, stage, f"{REAL[stage]} {getattr(args, stage)}")
+
+
 def main(args):
+    if args.texts:
+        on_texts(args)
     chosen = args.tasks or (["math"] if args.ablate or args.quick else list(tasks.TASKS))
     if args.compare or args.ablate:
         compare(args, chosen)
@@ -821,27 +926,32 @@ def code_batch():
 
 
 def sadam_share(config, rank, x, y, passes, repeats):
-    """(by how many percent SAdam's step lengthens a step of plain LoRA with so many passes over the batch, by
-    how many it raises the memory of training)."""
+    """[by how many percent SAdam's step lengthens a step of plain LoRA with so many passes over the batch, by
+    how many it raises the memory of training], with bases in float32; then both for bases in bfloat16."""
     model, spectral = adapting(config, rank)
-    trained, held = list(lora_parameters(model).values()), []
+    trained, held, steps = list(lora_parameters(model).values()), [], {}
 
     def backward():
         model.zero_grad(set_to_none=True)
         train.loss_of(model, x, y).backward()
 
-    for bases in {}, spectral:
-        sadam = SAdam(trained, bases, lr=1e-6)
+    for name, bases in (("plain", {}), ("float32", spectral), ("bfloat16", spectral)):
+        sadam = SAdam(trained, bases, lr=1e-6, held_in=getattr(torch, name, None))
         if x.is_cuda:
             torch.cuda.reset_peak_memory_stats()
         backward()
         sadam.step()
         held.append(train.cost(model, sadam)["bytes"])
+        steps[name] = sadam.step
     adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    found = interleaved(repeats, backward=backward, adamw=adamw.step, sadam=sadam.step)
-    return ([100 * (ours - plain) / (passes * one + plain)
-             for one, plain, ours in zip(found["backward"], found["adamw"], found["sadam"])],
-            [100 * (held[1] / held[0] - 1)])
+    found = interleaved(repeats, backward=backward, adamw=adamw.step, float32=steps["float32"],
+                        bfloat16=steps["bfloat16"])
+    lines = []
+    for kind, size in zip(("float32", "bfloat16"), held[1:]):
+        lines += ([100 * (ours - plain) / (passes * one + plain)
+                   for one, plain, ours in zip(found["backward"], found["adamw"], found[kind])],
+                  [100 * (size / held[0] - 1)])
+    return lines
 
 
 def time_sadam(args):
@@ -1097,6 +1207,8 @@ SPEED = {
     "sadam": (time_sadam, [
         ("SAdam's step beyond AdamW's, of a LoRA step: GPT-2 124M, r 128, 8k tokens", "AdamW(fused=True)",
          "{:+.1f} %", "<=", 3, 1),
+        ("the same: memory (on a CPU without activations)", "plain LoRA", "{:+.1f} %", "<=", None, 7.5),
+        ("SAdam's step with its bases in bfloat16", "AdamW(fused=True)", "{:+.1f} %", "<=", 3, 1),
         ("the same: memory (on a CPU without activations)", "plain LoRA", "{:+.1f} %", "<=", None, 7.5)]),
     "sadam-tiny": (time_sadam_tiny, [
         ("SAdam's step beyond AdamW's, of a LoRA step: tiny, r 8, 16 items", "AdamW(fused=True)",

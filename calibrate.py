@@ -109,13 +109,15 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 # Measure
 
 @torch.inference_mode()
-def second_moments(model, rows, batch=64):
+def second_moments(model, rows, batch=64, sums_on=None):
     """{layer name: E[x xᵀ] (d_in, d_in) float64} over all tokens of `rows` (token lists), in one pass.
 
-    Padding never enters. ValueError names the layer whose moment is not finite.
+    Padding never enters. The sums are kept on the model's device or, with sums_on="cpu", in the machine's own
+    memory: the device then holds one layer's (d_in, d_in) at a time. ValueError names the layer whose moment
+    is not finite.
     """
     device, layers = model.lm_head.weight.device, block_linears(model)
-    moments = {name: SecondMoment(layer.in_features, device) for name, layer in layers.items()}
+    moments = {name: SecondMoment(layer.in_features, sums_on or device) for name, layer in layers.items()}
     rows = own_share(sorted(rows, key=len))  # rows of like length together: less padding
     with watching(layers, lambda name, activations: moments[name].add(activations, mask)):  # the batch's mask
         for first in range(0, len(rows), batch):
@@ -191,16 +193,17 @@ def measure_proxy(args, model, writer, limits, encoding):
     rows = [([encoding.eot_token] + tokens)[:model.config.block_size] for tokens in samples]
     warn_of_few(rows, model, "samples")
     padded = pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
-    return {"samples": padded, "C_pre": second_moments(model, rows),
+    return {"samples": padded, "C_pre": second_moments(model, rows, sums_on=args.sums_on),
             "S_pre": output_moments(model, [[encoding.eot_token] + tokens
-                                            for tokens in samples[:args.fisher_samples]])}
+                                            for tokens in samples[:args.fisher_samples]],
+                                    sums_on=args.sums_on)}
 
 
-def output_moments(model, rows, batch=32):
+def output_moments(model, rows, batch=32, sums_on=None):
     """{layer name: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` (token lists), δ the
     gradient at the layer's output of the rows' summed loss in nats. See `two_sided_penalty`."""
     device, layers = model.lm_head.weight.device, block_linears(model)
-    moments = {name: SecondMoment(layer.out_features, device) for name, layer in layers.items()}
+    moments = {name: SecondMoment(layer.out_features, sums_on or device) for name, layer in layers.items()}
     model.requires_grad_(False)
     first_input = model.transformer.wpe.weight.requires_grad_(True)  # δ reaches it through every layer
 
@@ -208,6 +211,8 @@ def output_moments(model, rows, batch=32):
         output.register_hook(lambda gradient: moments[name].add(gradient, mask))  # the batch's mask
 
     rows = own_share(sorted(rows, key=len))
+    c = model.config
+    batch = max(1, min(batch, 2 ** 26 // (c.block_size * c.vocab_size)))  # so many rows' logits
     with watching(layers, see, outputs=True):
         for first in range(0, len(rows), batch):
             x, y = (t.to(device) for t in response_batch([(row, 1) for row in rows[first:first + batch]]))
@@ -256,7 +261,7 @@ def measure(args, model, queries, encoding, old):
     prompts = [([encoding.eot_token] + encoding.encode_ordinary(query))[:model.config.block_size]
                for query in queries]
     warn_of_few(prompts, model, "queries")
-    C_task = second_moments(model, prompts)
+    C_task = second_moments(model, prompts, sums_on=args.sums_on)
     layers = {name: {"C_pre": C_pre.cpu(), "C_task": C_task[name].cpu(), "S_pre": old["S_pre"][name].cpu()}
               for name, C_pre in old["C_pre"].items()}
     print_spectrum({name: solve_layer(m["C_pre"], m["C_task"]) for name, m in layers.items()})
@@ -279,6 +284,8 @@ def parser():
                    help="<|endoftext|> cannot come before so many tokens")
     p.add_argument("--max-new", type=positive, help="tokens a sample at most; default: the model's context")
     add_options(p, FILTERS)
+    p.add_argument("--sums-on", choices=["cpu"], help="keep the sums of all layers' moments in the machine's "
+                   "own memory, and one layer's at a time on the GPU; default: on the GPU")
     p.add_argument("--seed", type=whole, default=0, help="of everything random")
     p.add_argument("--out", default="out", help="folder for all results")
     return p

@@ -49,14 +49,14 @@ def answers(model, items, batch=200):
 
 
 def score_items(model, items):
-    """{"score": percent right, "n": number of items, "wrong": up to three examples}; see `likelihood` for
-    items without a check."""
+    """What `likelihood` returns; where the items have a check, with "score" percent right and "wrong" up to
+    three examples."""
     if not items[0].check:
         return likelihood(model, items)
     said = answers(model, items)
     wrong = [{"prompt": i.prompt, "said": s, "right": i.answer}
              for i, s in zip(items, said) if not i.check(s)]
-    return {"score": 100 * (1 - len(wrong) / len(items)), "n": len(items), "wrong": wrong[:3]}
+    return likelihood(model, items) | {"score": 100 * (1 - len(wrong) / len(items)), "wrong": wrong[:3]}
 
 
 @torch.inference_mode()
@@ -98,9 +98,9 @@ def evaluate(model, items, split, rows=256, text=tasks.LIBRARY):
             "Avg1": avg1, "Avg2": target["score"], "GM": math.sqrt(avg1 * target["score"])}
 
 
-def items_of(task, split, count=tasks.HELD_OUT, target=None, files=(), skip_bad=False):
-    """{"target" or kind: [Item]}, `count` of each that has so many. Files for the target and to be kept stand
-    for what the task itself has."""
+def items_of(task, split, count=tasks.HELD_OUT, target=None, files=(), skip_bad=False, config=None):
+    """{"target" or kind: [Item]}, `count` of each that has so many; of these such as fit a model's context
+    where its config is given. Files for the target and to be kept stand for what the task itself has."""
     chosen = (tasks.file_items(target, skip_bad) if target
               else tasks.task_items(task, split, tasks.HELD_OUT, skip_bad=skip_bad))
     names = ["target", *(pathlib.Path(file).stem for file in files)]
@@ -109,25 +109,26 @@ def items_of(task, split, count=tasks.HELD_OUT, target=None, files=(), skip_bad=
     keep = ({pathlib.Path(file).stem: tasks.file_items(file, skip_bad)[:count]
              for file in files if file.endswith(".jsonl")} if files else
             {kind: tasks.kept_items(kind, split, count) for kind in tasks.KEPT.get(task, tasks.KINDS)})
-    return {"target": chosen[:count], **keep}
+    items = {"target": chosen[:count], **keep}
+    if config:
+        encoding = tasks.encoding_called(config.encoding)
+        items = {kind: fitting(these, encoding, config.block_size, skip_bad)[0]
+                 for kind, these in items.items()}
+    return items
 
 
-def fitting_items(args, config):
-    """What the command line asks for, as `items_of` gives it, of that what fits the model's context."""
-    items = items_of(args.task, args.split, target=args.eval, files=args.keep, skip_bad=args.skip_bad)
-    encoding = tasks.encoding_called(config.encoding)
-    return {kind: fitting(these, encoding, config.block_size, args.skip_bad)[0]
-            for kind, these in items.items()}
+def text_files(keep):
+    """What bits per byte are measured on."""
+    return [file for file in keep if file.endswith(".txt")] or tasks.LIBRARY
 
 
 def scores_of(path, model, items, args):
     """Scores of a model, kept as JSON at `path` for as long as its weights and the items are the same."""
-    text = [file for file in args.keep if file.endswith(".txt")] or tasks.LIBRARY
     files = [tasks.text_of(file) for file in args.keep]
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
                 "text": tasks.fingerprint(i.prompt + i.answer for these in items.values() for i in these),
                 "keep": tasks.fingerprint(files), "python": platform.python_version()}
-    return kept(path, identity, lambda: evaluate(model, items, args.split, text=text))
+    return kept(path, identity, lambda: evaluate(model, items, args.split, text=text_files(args.keep)))
 
 
 def kept(path, identity, make, wait=True):
@@ -201,7 +202,7 @@ def main_job(args):
     pretrain = parse(["pretrain", *out, *shlex.split(args.pretrain)])
     measure = calibrate.parser().parse_args([*task, *out, *shlex.split(args.calibrate)])
     adapt = [parse(["adapt", *task, "--method", method, *out, *shlex.split(args.adapt)])
-             for method in args.methods]
+             for method in args.methods or METHODS]
 
     def stage(title):
         print(f"\n== {title} ({time.time() - began:.0f} s) ==", flush=True)
@@ -217,7 +218,8 @@ def main_job(args):
     stage(f"evaluate on {args.split} items")
     device = pick_device()
     foundation, _ = load_foundation(args.out, device)
-    items = fitting_items(args, foundation.config)
+    items = items_of(args.task, args.split, tasks.HELD_OUT, args.eval, args.keep, args.skip_bad,
+                     foundation.config)
     results = {"foundation": scores_of(folder / f"foundation-{args.split}.json", foundation, items, args)}
     for method, path in runs.items():
         results[method] = scores_of(path.with_name(f"{args.split}.json"),
@@ -240,7 +242,8 @@ def parser():
     p.add_argument("--keep", metavar="FILE", action="append", default=[],
                    help="a .jsonl file of items, or a .txt file, that must not be forgotten, instead of the "
                         "task's own; may be given several times")
-    p.add_argument("--methods", nargs="+", default=METHODS, help="methods to adapt with")
+    p.add_argument("--methods", nargs="+",
+                   help=f"methods to adapt with; default: {' '.join(METHODS)}, or the comparison's own")
     p.add_argument("--split", default="test", choices=["valid", "test"],
                    help="valid: for choosing settings; test: for reporting")
     for stage in "pretrain", "calibrate", "adapt":
@@ -251,7 +254,9 @@ def parser():
     p.add_argument("--report", action="store_true", help="tables and pictures of what is finished")
     p.add_argument("--assets", help="with --report: folder for its pictures")
     p.add_argument("--quick", action="store_true", help="with --compare: five methods, one seed")
-    p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, help="tasks of the comparison; default: all")
+    p.add_argument("--tasks", nargs="+", help="tasks of the comparison, files too; default: its own three")
+    p.add_argument("--texts", metavar="FOLDER",
+                   help="with --compare: on real text, see `write_texts` in bench.py; default: made text")
     p.add_argument("--workers", type=positive, help="processes of the comparison; default: one a core")
     p.add_argument("--out", default="out", help="folder for all results")
     return p

@@ -9,6 +9,7 @@ Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGP
 https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 """
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
@@ -61,12 +62,16 @@ class KVCache:
         self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
         self.used = length  # no row has tokens at this position or behind it: attention need not look there
+        self.level = False  # whether all rows have their newest token just before it
 
     def update(self, layer, k, v, pos):
         """Write k, v (B, nh, T, hs) at positions pos (B, T); return keys and values, (B, nh, used, hs)."""
         rows = torch.arange(len(pos), device=pos.device)[:, None]
-        self.keys[layer].transpose(1, 2)[rows, pos] = k.transpose(1, 2)
-        self.values[layer].transpose(1, 2)[rows, pos] = v.transpose(1, 2)
+        for kept, new in (self.keys[layer], k), (self.values[layer], v):
+            if self.level:
+                kept[:, :, self.used - k.shape[2]:self.used] = new
+            else:
+                kept.transpose(1, 2)[rows, pos] = new.transpose(1, 2)
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
 
@@ -95,7 +100,8 @@ class CausalSelfAttention(nn.Module):
             y = causal_attention(q, k, v)
         else:  # a token sees cached positions up to its own; what lies behind, padding included, is masked
             k, v = cache.update(self.layer, k, v, pos)
-            mask = torch.arange(k.shape[2], device=x.device) <= pos[:, None, :, None]  # (B, 1, T, used)
+            mask = (None if cache.level and T == 1 else  # (B, 1, T, used)
+                    torch.arange(k.shape[2], device=x.device) <= pos[:, None, :, None])
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, C))
 
@@ -205,7 +211,7 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
     pos = torch.arange(max(lengths), device=device).expand(len(prompts), -1)  # prompts, then one token a row
     for new in range(max_new_tokens):
         if use_cache:
-            cache.used = max(lengths) + new
+            cache.used, cache.level = max(lengths) + new, min(lengths) == max(lengths)
             logits = model(tokens.gather(1, pos), pos, cache, only=pos == end[:, None] - 1)  # (B, vocab)
         else:
             everything = torch.arange(end.max(), device=device).expand(len(prompts), -1)
@@ -406,6 +412,15 @@ def read_gpt2(source):
 
 def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def keep_freed_memory():
+    """Let Linux's malloc keep large blocks that are freed. It would give them back to the kernel, which fills
+    them with zeros, page by page, when they are wanted again: at GPT-2's vocabulary half of a step's time."""
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # not in every Linux
+        libc.mallopt(-4, 0)            # M_MMAP_MAX
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
 
 
 def join_processes():

@@ -240,11 +240,14 @@ class TextFiles:
         return fingerprint(itertools.chain([self.encoding.name], self.pieces()))
 
     def write(self, f):
-        """Write the tokens, two bytes each; <|endoftext|> stands before each file."""
+        """Write the tokens, two bytes each; <|endoftext|> stands before each file and where that has it."""
         for piece in self.pieces():
-            tokens = (list(piece.encode()) if self.encoding.name == "bytes"  # its tokenizer is slower
-                      else self.encoding.encode_ordinary(piece))
-            f.write(np.array(tokens or [self.eot], dtype=np.uint16).tobytes())
+            tokens = [self.eot] if not piece else []
+            for number, document in enumerate(piece.split(EOT)):
+                tokens += [self.eot] if number else []
+                tokens += (list(document.encode()) if self.encoding.name == "bytes"  # its tokenizer is slower
+                           else self.encoding.encode_ordinary(document))
+            f.write(np.array(tokens, dtype=np.uint16).tobytes())
 
     @functools.cached_property
     def ends(self):

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 import tasks
 from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_gate, two_sided_penalty
 from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, check,
-                   claimed, fingerprint, from_gpt2, gpt2_layout, join_processes, leave_processes, load,
-                   merge_lora, own_share, pick_device, processes, read_gpt2, reading, save, together,
-                   watching, write_whole)
+                   claimed, fingerprint, from_gpt2, gpt2_layout, join_processes, keep_freed_memory,
+                   leave_processes, load, merge_lora, own_share, pick_device, processes, read_gpt2,
+                   reading, save, together, watching, write_whole)
 
 SAVE_EVERY = 30  # seconds
 PRETRAIN = {  # option: (default, what it is)
@@ -37,6 +37,7 @@ ADAPT = {
     "lam": (1.0, "λ of the gate γ/(γ + λ)"), "s_min": (0.3, "the smallest gate"),
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
     "mu": (5.0, "μ of the penalty in the loss, for methods that have one"),
+    "basis": ("float32", "dtype of SAdam's bases: float32, or bfloat16 for half the memory"),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
     "snapshots": (0, "how many adapters to write along the way")}
 # with which every task was learnt in sweeps on validation items, if with any: to 80 % of LoRA's best score
@@ -59,10 +60,40 @@ def learning_rate(step, steps, warmup, shape):
 
 def loss_of(model, x, y):
     """Mean cross-entropy in nats of targets y (B, T) given inputs x (B, T); targets of -100 do not count."""
-    counted = y != -100
+    counted, W = y != -100, model.lm_head.weight
     with autocast(x.device):
-        logits = model(x, only=counted)
-    return F.cross_entropy(logits.float(), y[counted])
+        h, targets = model.features(x, only=counted), y[counted]
+        if len(targets) * len(W) > 2 ** 24:  # their logits would be most of what training holds
+            return LossInPieces.apply(h, W if torch.is_grad_enabled() else W.detach(), targets)
+        return F.cross_entropy(model.lm_head(h).float(), targets)
+
+
+class LossInPieces(torch.autograd.Function):
+    """Mean cross-entropy of targets y (n,) under the logits hWᵀ of features h (n, C), W (vocab, C), some rows
+    at a time. The gradients are made on the way: of the logits softmax - onehot(y), of h that times W."""
+
+    @staticmethod
+    def forward(ctx, h, W, y, rows=128):
+        device, (of_h, of_W, *_) = h.device.type, ctx.needs_input_grad
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
+        grad_h, grad_W = torch.empty_like(h), torch.zeros_like(W) if of_W else None
+        low, total = W.to(precision), 0
+        for piece, targets, grad in zip(h.split(rows), y.split(rows), grad_h.split(rows)):
+            logits = F.linear(piece.to(precision), low).float()
+            log_sum = logits.logsumexp(-1, keepdim=True)
+            total += (log_sum - logits.gather(1, targets[:, None])).sum()
+            if of_h:
+                p = logits.sub_(log_sum).exp_().scatter_add_(1, targets[:, None], -torch.ones_like(log_sum))
+                p = (p / len(y)).to(precision)
+                grad.copy_(p @ low)
+                if of_W:
+                    grad_W += p.T @ piece.to(precision)
+        ctx.save_for_backward(grad_h, grad_W)
+        return total / len(y)
+
+    @staticmethod
+    def backward(ctx, g):
+        return *(t if t is None else g * t for t in ctx.saved_tensors), None, None
 
 
 @contextlib.contextmanager
@@ -210,6 +241,13 @@ def reusable(path, kind, settings):
     return same
 
 
+def compiled(model, wanted=True):
+    """The model, its blocks compiled if that is wanted, for batches of any length."""
+    for block in model.transformer.h if wanted else ():
+        block.compile(dynamic=True)
+    return model
+
+
 # ------------------------------------------------------------------------------------------------------------
 # pretrain
 
@@ -240,7 +278,7 @@ def train_foundation(args, settings, text, path):
     together()
     device = pick_device()
     torch.manual_seed(args.seed)
-    model = GPT(GPTConfig(**settings["config"])).to(device)
+    model = compiled(GPT(GPTConfig(**settings["config"])).to(device), args.compile)
     optimizers = pretraining_optimizers(model, args.lr, args.muon_lr)
 
     def batch(step):
@@ -268,15 +306,16 @@ def pretraining_optimizers(model, lr, muon_lr):
 def load_foundation(out, device):
     """(model, fingerprint of its weights)."""
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
-    saved = load(path, "foundation", made_by)
-    with reading(path, f"delete it and make it again with: {made_by}"):
+    saved, advice = load(path, "foundation", made_by), f"delete it and make it again with: {made_by}"
+    with reading(path, advice):
         config = GPTConfig(**saved["settings"]["config"])
         with torch.device("meta"):  # a hostile file may ask for more than fits
             check(saved["model"], GPT(config).state_dict())
-        if tasks.encoding_called(config.encoding).n_vocab > config.vocab_size:
-            raise ValueError(f"it has {config.vocab_size} tokens, too few for {config.encoding}")
-        model = GPT(config)
-        model.load_state_dict(saved["model"])
+    encoding = tasks.encoding_called(config.encoding)  # if that is missing, the file is not to blame
+    if encoding.n_vocab > config.vocab_size:
+        raise ValueError(f"{path} has {config.vocab_size} tokens, too few for {config.encoding}; {advice}")
+    model = GPT(config)
+    model.load_state_dict(saved["model"])
     return model.to(device).eval(), fingerprint(saved["model"])
 
 
@@ -384,6 +423,8 @@ def adapt(args):
     args.lr = LEARNING_RATES.get(args.method, OTHER_RATE) if args.lr is None else args.lr
     spectral_gate(torch.ones(1), args.lam, args.s_min)  # a bad λ, s_min or τ is better known before the work
     damped(torch.eye(1), args.tau)
+    if args.basis not in ("float32", "bfloat16"):
+        raise ValueError(f"basis is {args.basis!r}; it must be float32 or bfloat16")
     items = tasks.task_items(args.task, "train", args.examples, skip_bad=args.skip_bad)
     model, foundation = load_foundation(args.out, device)
     calibration = load_calibration(args, model, foundation) if method.calibrated else None
@@ -421,8 +462,9 @@ def train_adapter(args, settings, model, optimizer, batch, penalty, path):
 def ready(args, model, method, calibration, items):
     """The model is made ready for `method`; returns what `fit` needs besides: optimizer, batch, penalty."""
     batch = batches(args, items, method, calibration, model.config)  # items that do not fit are named first
-    spectral = prepare(model, method, calibration, args)
-    optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr)
+    spectral = prepare(compiled(model, args.compile), method, calibration, args)
+    optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
+                      held_in=getattr(torch, args.basis))
     return (optimizer, batch,
             penalty_of(model, calibration, method, args.mu) if method.penalty else lambda: 0)
 
@@ -554,6 +596,7 @@ def peft_files(model, base, path):
 def command(main):
     """Run a command: what a user got wrong is one line and exit status 2, not a traceback."""
     try:
+        keep_freed_memory()
         join_processes()
         main()
         leave_processes()
@@ -638,6 +681,8 @@ def parser():
     e.add_argument("--to", required=True, help="folder for the files")
     for sub in p, a:
         sub.add_argument("--seed", type=whole, default=0, help="of everything random")
+        sub.add_argument("--compile", action="store_true",
+                         help="compile the blocks with torch.compile, which takes a minute first")
         sub.add_argument("--accumulate", type=positive, default=1,
                          help="parts in which a batch is taken, one after another: less memory, same result")
     for sub in p, a, e:

@@ -2,6 +2,7 @@
 its helpers, and every row at a micro size."""
 import argparse
 import collections
+import gzip
 import importlib.util
 import json
 import subprocess
@@ -21,7 +22,7 @@ from test_main import ADAPT, CALIBRATE, PRETRAIN
 
 class Imagined:
     """A study whose runs follow formulas: target and retention against the rate index k."""
-    tasks = ("code",)
+    tasks, methods = ("code",), bench.COMPARED
 
     def __init__(self, target, retention):
         self.target, self.retention, self.finished = target, retention, {}
@@ -190,7 +191,7 @@ def test_lost_and_broken_results_are_made_again(out):
 
 def test_size_and_drift_are_those_of_the_weights(out):
     """‖ΔW‖_F and ‖ΔW X_pre‖ from the merged weights and the samples' inputs themselves."""
-    study = bench.Study(out, ("code",), ADAPT)
+    study = bench.Study(evaluation.parser().parse_args(["--adapt", ADAPT, "--out", str(out)]), ("code",))
     run = next(run for k in range(4, 9) for run in [("code", "folora", k, 0, ())] if study.result(run))
     model = train.load_adapter(train.run_folder(study.args(run)) / "adapter.pt", out, study.device)
     samples = train.load(out / "proxy.pt", "proxy", "")["samples"]
@@ -226,6 +227,68 @@ def test_pictures_need_matplotlib_or_are_written(out, tmp_path):
         evaluation.main(report)
         assert {p.name for p in tmp_path.glob("*.png")} == {f"{name}.png" for name in
                                                             ("frontier", "drift", "spectrum", "skills")}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The comparison on real text
+
+@pytest.fixture
+def texts(tmp_path):
+    """All files that `write_texts` reads, with micro texts."""
+    for name in (*bench.CORPORA, "wikitext2_test"):
+        with gzip.open(tmp_path / f"{name}.txt.gz", "wt") as f:
+            f.write(bench.tasks.EOT.join(f"{name} {i} has a line of text.\n" * 30 for i in range(60)))
+    rows = {"trivia": {"question": "What is {}?", "answer": "{}"},
+            "webquestions_test": {"question": "who is {}?", "answer": ["{}", "x"]},
+            "gsm8k_train": {"question": "{} and 1?", "answer": "It is\n#### {}"},
+            "gsm8k_test": {"question": "{} and 2?", "answer": "It is\n#### {}"},
+            "instruct": {"instruction": "Say {}.", "input": "", "output": "{}"},
+            "mbpp": {"text": "Write {}.", "code": "def f():\r\n  return {}", "task_id": 1}}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row).replace("{}", str(i)) + "\n"
+                                                        for i in range(40)))
+    return tmp_path
+
+
+def test_real_texts_are_split_into_what_is_read_kept_and_learnt(texts, monkeypatch):
+    monkeypatch.setattr(bench, "KNOWN", 3)
+    monkeypatch.setattr(bench, "REPEATED", 5)
+    folder = texts / "out"
+    bench.write_texts(texts, folder)
+    for name in bench.CORPORA:  # each text is in one of the two
+        read, held_out = ((folder / part / f"{name}.txt").read_text() for part in ("train", "keep"))
+        assert [f"{name} {i} has" in read for i in range(60)] == [i % 20 > 0 for i in range(60)]
+        assert [f"{name} {i} has" in held_out for i in range(60)] == [i % 20 == 0 for i in range(60)]
+    trivia, known = (folder / "train/trivia.txt").read_text(), (folder / "keep/trivia.jsonl").read_text()
+    assert known.count("question") == 3 and trivia.count(bench.tasks.EOT) == 40 + 3 * 5
+    for item in bench.tasks.file_items(str(folder / "keep/trivia.jsonl")):
+        assert trivia.count(item.prompt + item.answer + "\n") == 6  # word for word as it is asked
+    items = bench.tasks.file_items(str(folder / "mbpp.jsonl"))
+    assert len(items) == 40 and items[7].answer == "def f():\n  return 7"
+    assert {i.answer for i in bench.tasks.task_items(str(folder / "gsm8k.jsonl"), "test", 200)} == {
+        f"It is\n#### {i}" for i in range(32, 40)}  # GSM8K's own test rows
+
+
+def test_comparison_on_real_text_end_to_end(texts, tmp_path, capfd):
+    """Two methods on one task: retention at a matched loss, kind by kind."""
+    out = tmp_path / "real"
+    evaluation.main(["--compare", "--texts", str(texts), "--out", str(out), "--methods", "lora", "folora-kl",
+                     "--tasks", str(out / "texts" / "instruct.jsonl"), "--workers", "2", "--adapt", ADAPT,
+                     "--calibrate", CALIBRATE, "--pretrain", f"{PRETRAIN} --encoding bytes --context 64"])
+    said = capfd.readouterr().out
+    table = said[said.index("| instruct, at"):].splitlines()
+    assert [line.split()[1] for line in table[:5] if "--" not in line] == [
+        "instruct,", "foundation", "lora", "folora-kl"]
+    assert " nats " in table[0].split("|")[1]
+    for kept in ("trivia %", "trivia nats", "webquestions %", "wikitext2 b/B", "peps b/B"):
+        assert f" {kept} " in table[0]
+    assert (out / "instruct").is_dir() and not (out / "math").exists()
+
+
+def test_texts_that_are_missing_are_named(texts, capsys):
+    (texts / "peps.txt.gz").unlink()
+    with pytest.raises(ValueError, match="peps.txt.gz is missing"):
+        evaluation.main(["--compare", "--texts", str(texts), "--out", str(texts / "out")])
 
 
 # ------------------------------------------------------------------------------------------------------------

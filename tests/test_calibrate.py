@@ -69,6 +69,22 @@ def test_moments_do_not_depend_on_batches_order_or_padding(rows, batch, seed):
         assert torch.allclose(alone[name], together[name], rtol=1e-4, atol=1e-6 * alone[name].abs().max())
 
 
+@pytest.mark.parametrize("measure", [calibrate.second_moments, calibrate.output_moments])
+def test_sums_in_the_machines_own_memory_are_the_same(measure, monkeypatch):
+    """With sums_on no sum is on the model's device; here both are the CPU, so the choice is looked at."""
+    asked, rows = [], [[1, 2, 3], [4, 5, 6, 7, 8]]
+
+    class Noted(calibrate.SecondMoment):
+        def __init__(self, d, device):
+            asked.append(device)
+            super().__init__(d, device)
+
+    monkeypatch.setattr(calibrate, "SecondMoment", Noted)
+    found = [measure(micro(), rows, sums_on=where) for where in (None, "cpu")]
+    assert set(map(type, asked)) == {torch.device, str}
+    assert all(torch.equal(C, found[1][name]) for name, C in found[0].items())
+
+
 def test_moments_are_those_of_the_layers_inputs():
     """Against the definition, on the first layer, whose input is known: LayerNorm of the embeddings."""
     model, rows = micro(), [[1, 2, 3], [4, 5, 6, 7, 8]]

@@ -554,7 +554,8 @@ def test_text_much_larger_than_memory(processes, tmp_path):
 
 def grow(out, runs, report):
     import bench
-    study, rss = bench.Study(out, ("code",), COMPARE[-1]), []
+    args = evaluation.parser().parse_args(["--adapt", COMPARE[-1], "--out", str(out)])
+    study, rss = bench.Study(args, ("code",)), []
     for i in range(runs):
         study.do(("code", ("lora", "folora", "folora-kl", "full", "replay")[i % 5], i // 5, 7, ()))
         rss.append(status("VmRSS"))

@@ -866,6 +866,20 @@ def test_truncated_basis_is_a_gate_of_zero_on_the_rest(r, d, seed, options, data
     assert k == 0 or moved.norm() > 0
 
 
+@given(small, small, seeds, st.lists(st.integers(-4, 4), min_size=6, max_size=6))
+def test_bases_in_bfloat16_take_the_same_steps_to_its_rounding(r, d, seed, exponents):
+    """Bases, and what is multiplied by them, have 8 bits; moments and parameters keep theirs."""
+    A0, gate = normal(seed)(r, d), torch.linspace(0.3, 1, d).double()
+    V = torch.eye(d)[torch.randperm(d)] * 2.0 ** torch.tensor(exponents[:d])  # exact in 8 bits
+    A = A0.clone().requires_grad_()
+    optimizer = SAdam([A], {A: (V, gate)}, held_in=torch.bfloat16, lr=1e-2)
+    train(optimizer, [A], 5)
+    moved, expected = A.detach() - A0, run_sadam(A0, V, gate, lr=1e-2) - A0
+    assert 0 < (moved - expected).norm() <= 0.05 * expected.norm() or torch.equal(moved, expected)
+    assert optimizer.spectral[A][0].dtype == torch.bfloat16
+    assert {t.dtype for t in (A, *list(optimizer.state[A].values())[1:])} == {torch.float64}
+
+
 @given(small, small, seeds, st.lists(st.sampled_from([-1.0, 1.0]), min_size=6, max_size=6))
 def test_signs_of_the_basis_do_not_matter(r, d, seed, signs):
     """Eigenvectors are known up to sign; V -> V diag(±1) changes nothing."""

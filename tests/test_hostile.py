@@ -415,7 +415,7 @@ def test_a_config_that_does_not_fit_is_named(out, change, reason):
     content["settings"]["config"].update(change)
     try:
         sealed(path, content)
-        with bounded(), pytest.raises(ValueError, match=f"foundation.pt cannot be read .*{reason}"):
+        with bounded(), pytest.raises(ValueError, match=f"(foundation.pt cannot be read .*|^){reason}"):
             read()
     finally:
         path.write_bytes(before)
@@ -439,7 +439,7 @@ def test_a_vocabulary_too_small_for_its_encoding_is_refused(out, tmp_path):
     config = dict(block_size=8, vocab_size=99, n_layer=1, n_head=1, n_embd=8)
     weights = GPT(GPTConfig(**config)).state_dict()
     save(tmp_path / "foundation.pt", {"kind": "foundation", "settings": {"config": config}, "model": weights})
-    with pytest.raises(ValueError, match="99 tokens, too few for bytes"):
+    with pytest.raises(ValueError, match="99 tokens, too few for bytes.*make it again"):
         train.load_foundation(tmp_path, "cpu")
 
 

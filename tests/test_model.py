@@ -92,6 +92,37 @@ def test_logits_of_chosen_positions_are_those_among_all(tokens, rows, seed):
         assert train.loss_of(model, x, y).item() == pytest.approx(expected.item(), rel=0.01)
 
 
+@given(n=st.integers(1, 40), vocabulary=st.integers(2, 30), rows=st.integers(1, 50), frozen=st.booleans(),
+       seed=st.integers(0, 99))
+def test_loss_in_pieces_is_the_loss(n, vocabulary, rows, frozen, seed):
+    """Value and gradients, however many rows a piece has, the output layer trained or not."""
+    generator = torch.Generator().manual_seed(seed)
+    h = torch.randn(n, 5, generator=generator, requires_grad=True)
+    W = torch.randn(vocabulary, 5, generator=generator, requires_grad=not frozen)
+    y = torch.randint(vocabulary, (n,), generator=generator)
+    inputs, losses = (h,) if frozen else (h, W), []
+    for loss in cross_entropy(h @ W.T, y), train.LossInPieces.apply(h, W, y, rows):
+        losses.append((loss, *torch.autograd.grad(3 * loss, inputs)))
+    for expected, found in zip(*losses):
+        assert torch.allclose(expected, found, rtol=1e-4, atol=1e-5)
+
+
+def test_a_large_vocabulary_takes_the_loss_in_pieces(monkeypatch):
+    """The same loss as from all logits at once, with and without gradients."""
+    model = GPT(dataclasses.replace(CONFIG, vocab_size=2 ** 17))
+    x = torch.randint(2 ** 17, (8, 24), generator=torch.Generator().manual_seed(0))
+    y = x.roll(-1, 1).masked_fill(torch.arange(24) < 3, -100)
+    used, apply = [], train.LossInPieces.apply
+    monkeypatch.setattr(train.LossInPieces, "apply", lambda *given: used.append(given) or apply(*given))
+    with torch.no_grad():
+        expected = cross_entropy(model(x).flatten(0, 1), y.flatten(), ignore_index=-100).item()
+        assert train.loss_of(model, x, y).item() == pytest.approx(expected, rel=1e-3)
+    train.loss_of(model, x, y).backward()
+    assert len(used) == 2 and model.lm_head.weight.grad.norm() > 0
+    train.loss_of(model, x[:1], y[:1]).backward()
+    assert len(used) == 2
+
+
 @given(tokens=st.integers(1, 24), heads=st.integers(1, 3), seed=st.integers(0, 99))
 def test_attention_in_bf16_is_that_of_the_fused_kernel(tokens, heads, seed):
     """By hand where the fused kernel is slow: the same values and gradients, to bf16's rounding."""

@@ -5,7 +5,9 @@ import random
 import sys
 import time
 
+import numpy as np
 import pytest
+import tiktoken
 import torch
 from hypothesis import given, strategies as st
 
@@ -13,6 +15,8 @@ import tasks
 from model import GPTConfig
 
 ENCODING = tasks.byte_encoding()
+OTHER = tiktoken.Encoding("other", pat_str=r"\n|[^\n]+", special_tokens={tasks.EOT: 257},
+                          mergeable_ranks={**{bytes([i]): i for i in range(256)}, b"ab": 256})
 LENGTH = GPTConfig().block_size
 
 
@@ -22,6 +26,19 @@ def test_bytes_decode_to_what_was_encoded(text):
     assert ENCODING.decode(ENCODING.encode_ordinary(text)) == text
     assert ENCODING.encode_ordinary(text) == list(text.encode())
     assert ENCODING.eot_token == 256 and ENCODING.n_vocab == GPTConfig().vocab_size
+
+
+@given(st.lists(st.text("ab\n", min_size=1), min_size=1, max_size=5))
+def test_documents_of_a_training_file_are_told_apart(tmp_path_factory, documents):
+    """<|endoftext|> in a file is that token, not its thirteen letters."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "text.txt").write_text(tasks.EOT.join(documents))
+    for encoding in ENCODING, OTHER:
+        text = tasks.TextFiles([folder / "text.txt"], encoding, folder)
+        with open(folder / "tokens", "wb") as f:
+            text.write(f)
+        tokens = np.fromfile(folder / "tokens", np.uint16).tolist()
+        assert tokens == [t for part in documents for t in [text.eot, *encoding.encode_ordinary(part)]]
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
