@@ -125,9 +125,9 @@ ABLATIONS = {
     "twice the steps": {f"{name}, 400 steps": (name, ("--steps", "400")) for name in QUICK},
 }
 ABLATION_SEEDS = (1, 2, 3)
-CALIBRATIONS = {"mixture": "--source mixture", "prose": "--source prose", "facts": "--source facts",
-                "small": "--source {out}/small", "16": "--samples 16", "128": "--samples 128",
-                "500": "--samples 500"}
+CALIBRATIONS = {"mixture": ("mixture", ""), "prose": ("prose", ""), "facts": ("facts", ""),
+                "small": ("{out}/small", ""), "16": ("own", "--samples 16"), "128": ("own", "--samples 128"),
+                "500": ("own", "--samples 500")}  # (see `calibrate_on`, options of calibrate.py)
 SMALL = "--layers 2 --width 64 --heads 2"  # the smaller foundation, which writes one of the calibrations
 
 
@@ -410,6 +410,28 @@ def describe(run, result):
     return said + f"target {scores['Avg2']:5.1f}  kept {scores['Avg1']:5.1f}  drift {result['drift']:5.1f} %"
 
 
+def calibrate_on(source, options):
+    """calibrate.py with texts that the foundation wrote (source "own") or that of another --out folder, or
+    with the true pretraining text, which in life nobody has: all of it ("mixture") or one domain ("prose",
+    "source", "facts")."""
+    def true_text(args, model):
+        mixture = tasks.PretrainingMixture(tasks.encoding_called(model.config.encoding))
+        if source != "mixture":
+            mixture.ROWS = {"short" if source == "facts" else source: 1}
+            mixture.DOCUMENTS = {"facts": 1}
+        rng = random.Random(f"proxy {args.seed}")
+        return [mixture.row(rng, model.config.block_size + 1)[1:] for _ in range(args.samples)]
+
+    args = calibrate.parser().parse_args(options)
+    if source == "own":
+        calibrate.calibrate(args)
+    elif source in ("mixture", "prose", "source", "facts"):
+        calibrate.calibrate(args, source, true_text)
+    else:
+        writer, author = load_foundation(source, pick_device())
+        calibrate.calibrate(args, author, lambda args, model: calibrate.own_samples(args, writer))
+
+
 def compare(args, chosen):
     """Make what the comparison needs, then let workers do its runs."""
     out = ["--out", args.out]
@@ -421,9 +443,9 @@ def compare(args, chosen):
     variants = CALIBRATIONS if args.ablate else {}
     for task in chosen:
         calibrate.main(["--task", task, *out, *shlex.split(args.calibrate)])
-        for name, options in variants.items():
-            calibrate.main(["--task", task, *out, "--name", f"calibration-{name}",
-                            *shlex.split(f"{args.calibrate} {options.format(out=args.out)}")])
+        for name, (source, options) in variants.items():
+            calibrate_on(source.format(out=args.out), ["--task", task, *out, "--name", f"calibration-{name}",
+                                                       *shlex.split(f"{args.calibrate} {options}")])
     cores = os.cpu_count()
     workers = args.workers or (cores if pick_device().type == "cpu" else max(1, min(8, cores // 2)))
     context = multiprocessing.get_context("spawn")

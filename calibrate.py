@@ -145,37 +145,24 @@ def means(moments):
 # ------------------------------------------------------------------------------------------------------------
 # The command
 
-SOURCES = ("own", "mixture", "prose", "source", "facts")
-
-
-def proxy_rows(args, model, writer, limits):
-    """`args.samples` texts as token lists without <|endoftext|>: what `writer` writes (the foundation, or
-    another --out folder's), or the model's true pretraining text, which in life nobody has, or one domain."""
-    encoding, length = tasks.encoding_called(model.config.encoding), model.config.block_size
-    if args.source in SOURCES[1:]:
-        mixture, rng = tasks.PretrainingMixture(encoding), random.Random(f"proxy {args.seed}")
-        if args.source != "mixture":
-            mixture.ROWS = {"short" if args.source == "facts" else args.source: 1}
-            mixture.DOCUMENTS = {"facts": 1}
-        return [mixture.row(rng, length + 1)[1:] for _ in range(args.samples)]
-    samples, rejected = sample_proxy(writer, args.samples, encoding.eot_token, limits, args.min_new,
-                                     args.max_new or writer.config.block_size, args.seed)
+def own_samples(args, model):
+    """`args.samples` texts that the model writes, as token lists without <|endoftext|>."""
+    samples, rejected = sample_proxy(model, args.samples,
+                                     tasks.encoding_called(model.config.encoding).eot_token,
+                                     {key: getattr(args, key) for key in FILTERS}, args.min_new,
+                                     args.max_new or model.config.block_size, args.seed)
     print(f"  accepted {len(samples)}, rejected {rejected.total()}: {dict(rejected) or 'none'}")
     return samples
 
 
-def proxy(args, model, foundation):
+def proxy(args, model, foundation, source, write):
     """{"samples": (N, longest) int32 padded with -1, "C_pre": {layer: (d_in, d_in)}, "S_pre": {layer:
     (d_out, d_out)}}, kept in out/."""
-    encoding = tasks.encoding_called(model.config.encoding)
-    limits = {key: getattr(args, key) for key in FILTERS}
-    writer, author = ((model, args.source) if args.source in SOURCES
-                      else load_foundation(args.source, model.lm_head.weight.device))
-    settings = dict(foundation=foundation, source=author, samples=args.samples, limits=limits,
-                    fisher_samples=args.fisher_samples, min_new=args.min_new, max_new=args.max_new,
-                    seed=args.seed)
+    settings = dict(foundation=foundation, source=source, samples=args.samples,
+                    limits={key: getattr(args, key) for key in FILTERS}, fisher_samples=args.fisher_samples,
+                    min_new=args.min_new, max_new=args.max_new, seed=args.seed)
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
-    stage(path, "proxy", settings, lambda: measure_proxy(args, model, writer, limits, encoding))
+    stage(path, "proxy", settings, lambda: measure_proxy(args, model, source, write))
     old, moments = load(path, "proxy", "python calibrate.py"), ("C_pre", "S_pre")
     with reading(path, "delete it and make it again with: python calibrate.py"):
         check_measured(model, {name: {key: old[key][name] for key in moments} for name in old["C_pre"]},
@@ -183,20 +170,20 @@ def proxy(args, model, foundation):
     return old
 
 
-def measure_proxy(args, model, writer, limits, encoding):
+def measure_proxy(args, model, source, write):
     """What `proxy` keeps."""
-    print(f"proxy: {args.samples} samples, source: {args.source}")
-    samples = proxy_rows(args, model, writer, limits)
+    print(f"proxy: {args.samples} samples, source: {source}")
+    samples, encoding = write(args, model), tasks.encoding_called(model.config.encoding)
     for tokens in samples[:8]:
         print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))
     samples = [tokens[:model.config.block_size] for tokens in samples]
-    rows = [([encoding.eot_token] + tokens)[:model.config.block_size] for tokens in samples]
+    rows = [[encoding.eot_token] + tokens for tokens in samples]
     warn_of_few(rows, model, "samples")
     padded = pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
-    return {"samples": padded, "C_pre": second_moments(model, rows, sums_on=args.sums_on),
-            "S_pre": output_moments(model, [[encoding.eot_token] + tokens
-                                            for tokens in samples[:args.fisher_samples]],
-                                    sums_on=args.sums_on)}
+    return {"samples": padded,
+            "C_pre": second_moments(model, [row[:model.config.block_size] for row in rows],
+                                    sums_on=args.sums_on),
+            "S_pre": output_moments(model, rows[:args.fisher_samples], sums_on=args.sums_on)}
 
 
 def output_moments(model, rows, batch=32, sums_on=None):
@@ -241,8 +228,11 @@ def print_spectrum(layers):
               f"{eigvals[-1]:8.1e} {gate.mean():10.3f} {(gate <= 0.3).double().mean():9.0%}")
 
 
-def calibrate(args):
-    """Sample and measure, unless out/<task>/calibration.pt was made with the same settings and foundation."""
+def calibrate(args, source="own", write=own_samples):
+    """Sample and measure, unless out/<task>/calibration.pt was made with the same settings and foundation.
+
+    The texts for C_pre are what write(args, model) returns; `source` says whose they are.
+    """
     if not re.fullmatch(r"calibration[\w.-]*", args.name):
         raise ValueError(f"name is {args.name!r}; it must be like calibration or calibration-prose")
     path = task_folder(args) / f"{args.name}.pt"
@@ -250,7 +240,7 @@ def calibrate(args):
                for item in tasks.task_items(args.task, "train", args.queries, skip_bad=args.skip_bad)]
     model, foundation = load_foundation(args.out, pick_device())
     encoding = tasks.encoding_called(model.config.encoding)
-    old = proxy(args, model, foundation)
+    old = proxy(args, model, foundation, source, write)
     settings = dict(old["settings"], task=args.task, queries=args.queries, text=tasks.fingerprint(queries))
     stage(path, "calibration", settings, lambda: measure(args, model, queries, encoding, old))
 
@@ -276,9 +266,6 @@ def parser():
     p.add_argument("--fisher-samples", type=positive, default=500,
                    help="so many of them for S_pre, which takes a backward pass")
     p.add_argument("--queries", type=positive, default=256, help="task prompts, for C_task")
-    p.add_argument("--source", default="own",
-                   help="who writes the texts: own (the foundation); mixture, prose, source or facts (the "
-                        "true pretraining text, all or one domain); or another --out folder's foundation")
     p.add_argument("--name", default="calibration", help="the file is out/<task>/<name>.pt")
     p.add_argument("--min-new", type=whole, default=32,
                    help="<|endoftext|> cannot come before so many tokens")

@@ -11,13 +11,11 @@ https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 import contextlib
 import ctypes
 import hashlib
-import io
 import json
 import math
 import mmap
 import os
 import pathlib
-import pickletools
 import sys
 import warnings
 import zipfile
@@ -186,8 +184,7 @@ def truncate(logits, temperature, top_p, top_k):
 
 
 @torch.inference_mode()
-def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tokens=0, generator=None,
-             use_cache=True):
+def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tokens=0, generator=None):
     """Continue each prompt (a list of token lists, lengths may differ) by up to max_new_tokens, or to a token
     in `stop`.
 
@@ -206,16 +203,12 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
     end = torch.tensor(lengths, device=device)       # where each row's next token goes
     rows, finish = torch.arange(len(prompts), device=device), end + max_new_tokens
     done, stop = torch.zeros_like(end, dtype=torch.bool), torch.tensor(stop, dtype=torch.long, device=device)
-    cache = (KVCache(model.config, len(prompts), tokens.shape[1], device, model.lm_head.weight.dtype)
-             if use_cache else None)
+    cache = KVCache(model.config, len(prompts), tokens.shape[1], device, model.lm_head.weight.dtype)
+    cache.level = min(lengths) == max(lengths)
     pos = torch.arange(max(lengths), device=device).expand(len(prompts), -1)  # prompts, then one token a row
     for new in range(max_new_tokens):
-        if use_cache:
-            cache.used, cache.level = max(lengths) + new, min(lengths) == max(lengths)
-            logits = model(tokens.gather(1, pos), pos, cache, only=pos == end[:, None] - 1)  # (B, vocab)
-        else:
-            everything = torch.arange(end.max(), device=device).expand(len(prompts), -1)
-            logits = model(tokens[:, :end.max()], only=everything == end[:, None] - 1)
+        cache.used = max(lengths) + new
+        logits = model(tokens.gather(1, pos), pos, cache, only=pos == end[:, None] - 1)  # (B, vocab)
         if new < min_new_tokens:
             logits[:, stop] = -math.inf
         if decoding is None:
@@ -572,20 +565,6 @@ def vetted(content, most=math.inf):
     return content
 
 
-def no_towers(pickle):
-    """ValueError for a pickle in which tuples are made of tuples that were made before: n of them take 2ⁿ
-    steps to hash."""
-    tuples, top, again = set(), False, 0  # top: whether a tuple lies on top of the stack
-    for op, argument, _ in pickletools.genops(pickle):
-        if op.name.endswith("BINPUT") and top:
-            tuples.add(argument)
-        again += op.name.endswith("BINGET") and argument in tuples
-        top = (op.name.startswith("TUPLE") or op.name.endswith("BINPUT") and top
-               or op.name.endswith("BINGET") and argument in tuples)
-    if again > 20:
-        raise ValueError("it holds a tower of tuples")
-
-
 def unpacked(path):
     """What torch.save wrote: tensors and plain values only. Executes nothing, and takes no more memory than
     the file's size warrants."""
@@ -594,13 +573,6 @@ def unpacked(path):
         with zipfile.ZipFile(path) as archive:
             if sum(record.file_size for record in archive.infolist()) > size or archive.testzip():
                 raise ValueError("it is damaged, or claims to be larger than it is")
-            for name in archive.namelist():
-                if name.endswith("data.pkl"):
-                    no_towers(io.BytesIO(archive.read(name)))
-    else:  # torch's older format, as GPT-2's own weights have it: five pickles, then numbers
-        with open(path, "rb") as f:
-            for _ in range(5):
-                no_towers(f)
     with warnings.catch_warnings(action="ignore"):  # remarks on what a broken file seems to be
         content = torch.load(path, map_location="cpu", weights_only=True)
     return vetted(content, 2 * size)  # tied weights stand there once

@@ -266,7 +266,7 @@ def test_real_texts_are_split_into_what_is_read_kept_and_learnt(texts, monkeypat
     items = bench.tasks.file_items(str(folder / "mbpp.jsonl"))
     assert len(items) == 40 and items[7].answer == "def f():\n  return 7"
     assert {i.answer for i in bench.tasks.task_items(str(folder / "gsm8k.jsonl"), "test", 200)} == {
-        f"It is\n#### {i}" for i in range(32, 40)}  # GSM8K's own test rows
+        f" It is\n#### {i}" for i in range(32, 40)}  # GSM8K's own test rows
 
 
 def test_comparison_on_real_text_end_to_end(texts, tmp_path, capfd):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+import bench
 import calibrate
 import eval as evaluation
 import model as model_module
@@ -317,8 +318,6 @@ def test_what_a_user_gets_wrong_in_train(out, capsys, arguments, answer):
 
 @pytest.mark.parametrize("arguments, answer", [
     ("--task poetry", "unknown task 'poetry'"),
-    ("--source /nowhere",
-     "/nowhere/foundation.pt is missing; make it with: python train.py pretrain --out /nowhere"),
     ("--name calibration/../x", "name is 'calibration/../x'; it must be like calibration"),
     ("--samples 0", "'0' is not a whole number of 1 or more"), ("--max-new 999", "999"),
     ("--samples 5 --min-tokens 500", "only 0 of 5 samples passed the filters")])
@@ -336,7 +335,8 @@ def test_memory_that_is_not_there_is_one_line(capsys):
 def calibrated_from(source, out, copy):
     """(what the proxy holds, the calibration) of a copy of `out` with texts from `source`, under a name."""
     subprocess.run(["cp", "-r", out, copy], check=True)
-    calibrate.main(f"--task code {CALIBRATE} --source {source} --name calibration-x --out {copy}".split())
+    bench.calibrate_on(str(source),
+                       f"--task code {CALIBRATE} --name calibration-x --out {copy}".split())
     return (torch.load(copy / "proxy-x.pt", weights_only=True),
             torch.load(copy / "code" / "calibration-x.pt", weights_only=True))
 
