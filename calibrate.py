@@ -155,7 +155,7 @@ def own_samples(args, model):
     return samples
 
 
-def proxy(args, model, foundation, source, write):
+def proxy(args, model, foundation, source="own", write=own_samples):
     """{"samples": (N, longest) int32 padded with -1, "C_pre": {layer: (d_in, d_in)}, "S_pre": {layer:
     (d_out, d_out)}}, kept in out/."""
     settings = dict(foundation=foundation, source=source, samples=args.samples,

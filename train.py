@@ -432,19 +432,19 @@ def adapt(args):
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
                     **{key: getattr(args, key) for key in ("task", "method", "lr", "seed", *ADAPT)})
     path = run_folder(args) / "adapter.pt"
-    if reusable(path, "adapter", settings):
-        return path
-    print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
-          f"{args.steps} steps on {device}")
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    prepared = ready(args, model, method, calibration, items)  # what is wrong is said before a file is made
-    stage(path, "adapter", settings, lambda: train_adapter(args, settings, model, *prepared, path))
+    stage(path, "adapter", settings,
+          lambda: train_adapter(args, settings, path, model, method, calibration, items))
     return path
 
 
-def train_adapter(args, settings, model, optimizer, batch, penalty, path):
-    """What adapter.pt holds besides its settings."""
+def train_adapter(args, settings, path, model, *given):
+    """What adapter.pt holds besides its settings; `given` as to `ready`."""
+    print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
+          f"{args.steps} steps on {pick_device()}")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    optimizer, batch, penalty = ready(args, model, *given)
+
     def changed():  # adapters with their starts, or the full weights
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         return {name: t for name, t in model.state_dict().items() if "lora_" in name or name in trained}

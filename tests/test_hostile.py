@@ -29,7 +29,7 @@ import calibrate
 import eval as evaluation
 import tasks
 import train
-from model import GPT, GPTConfig, digest, load, read_gpt2, save, unpacked
+from model import GPT, GPTConfig, digest, load, read_gpt2, save
 
 PRETRAIN = "--steps 2 --batch 2 --layers 1 --heads 2 --width 8"
 CALIBRATE = "--samples 8 --queries 8 --min-unique 0 --min-unique-fours 0 --max-run 200"
