@@ -25,7 +25,6 @@ import math
 from dataclasses import dataclass
 from typing import Callable
 
-import numpy as np
 import torch
 
 
@@ -111,13 +110,6 @@ def whiten(C, L):
     return (M + M.T) / 2
 
 
-def symmetric_eigh(M):
-    """Eigenvalues, ascending, and eigenvectors of symmetric M; on a CPU by NumPy, often twice as fast."""
-    if M.device.type == "cpu":
-        return tuple(torch.from_numpy(part) for part in np.linalg.eigh(M.numpy()))
-    return torch.linalg.eigh(M)
-
-
 def generalized_eigh(C_task, H):
     """Solve C_task v = γ H v for symmetric (d, d) C_task and H, H positive definite, in float64 (Eq. 17).
 
@@ -141,7 +133,7 @@ def generalized_eigh(C_task, H):
         M = whiten(C_task, L)
         if not torch.isfinite(M).all():
             raise ValueError("C_task is so much larger than H that γ overflows; use a larger tau")
-        eigvals, Q = symmetric_eigh(M)
+        eigvals, Q = torch.linalg.eigh(M)
         basis = torch.linalg.solve_triangular(L.T, Q, upper=True)
         failed = not (basis.T @ H @ basis - torch.eye(len(H)).to(H)).abs().max() <= 0.01
     if failed:

@@ -471,6 +471,17 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=gains)
 
 
+@contextlib.contextmanager
+def tf32(device):
+    """TF32 on a GPU for the products of float32 that are left: for training, not for moments."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if device.type == "cuda" else before)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def bf16_cpu():
     return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)() for kind in ("avx512_bf16", "amx_tile"))
 

@@ -23,7 +23,7 @@ from folora import METHODS, SAdam, damped, method_called, solve_layer, spectral_
 from model import (GPT, GPT2, GPTConfig, LoRALinear, add_lora, add_up, autocast, block_linears, check,
                    claimed, fingerprint, from_gpt2, gpt2_layout, join_processes, keep_freed_memory,
                    leave_processes, load, merge_lora, own_share, pick_device, processes, read_gpt2,
-                   reading, save, together, watching, write_whole)
+                   reading, save, tf32, together, watching, write_whole)
 
 SAVE_EVERY = 30  # seconds
 PRETRAIN = {  # option: (default, what it is)
@@ -141,7 +141,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
     peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
     first, losses = resume(partial, settings, trained, optimizers)
     began, saved, tokens, said = time.time(), time.time(), 0, first
-    with ctrl_c_noted() as stop:
+    with ctrl_c_noted() as stop, tf32(device):
         for step in range(first, steps):
             factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
             for optimizer, rates in zip(optimizers, peak):

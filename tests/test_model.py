@@ -16,7 +16,7 @@ from bench import METHODS  # its variants included
 from calibrate import second_moments
 from folora import SAdam, oplora_protected
 from model import (GPT, GPTConfig, add_lora, block_linears, causal_attention, fingerprint, generate, load,
-                   lora_parameters, merge_lora, remove_lora, save, truncate)
+                   lora_parameters, merge_lora, remove_lora, save, tf32, truncate)
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 prompts_of_any_length = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=10),
@@ -31,6 +31,15 @@ def micro(seed=0):
         for p in model.parameters():
             p.normal_(0, 0.3)
     return model.eval()
+
+
+@pytest.mark.parametrize("kind, inside", [("cuda", "high"), ("cpu", "highest")])
+def test_tf32_is_for_training_on_a_gpu_alone(kind, inside):
+    """Afterwards float32 is what it was, also after an error."""
+    with pytest.raises(KeyboardInterrupt), tf32(torch.device(kind)):
+        assert torch.get_float32_matmul_precision() == inside
+        raise KeyboardInterrupt
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_names_and_shapes_are_gpt2s():
