@@ -579,8 +579,8 @@ def kept_at_level(study, task, share):
         measures[f"{kind} b/B"] = "{:.2f}", lambda s, kind=kind: s["text"][kind]["score"]
     rows = [["foundation", *(form.format(of(start)) for form, of in measures.values())]]
     for method in study.methods:
-        found = [at_level(study, task, sweep(study, task, method)[1], "valid", share, of)
-                 for _, of in measures.values()]
+        results = sweep(study, task, method)[1]
+        found = [at_level(study, task, results, "valid", share, of) for _, of in measures.values()]
         rows.append([method, *("-" if x is None else form.format(x)
                                for (form, _), x in zip(measures.values(), found))])
     return markdown([f"{pathlib.Path(task).stem}, at {at}", *measures], rows)
@@ -821,7 +821,7 @@ def picture_training(study, plt):
 CORPORA = ("novels", "factbook", "peps", "algorithms")  # .txt.gz, as wikitext2_test; <|endoftext|> in between
 ROWS = ("trivia", "webquestions_test", "gsm8k_train", "gsm8k_test", "instruct", "mbpp")  # .jsonl
 KNOWN, REPEATED = 1000, 100  # trivia questions that the foundation sees often, so that it has some to forget
-REAL = {"methods": ("lora", "lora-null", "folora", "folora-kl"), "quick": True,
+REAL = {"methods": ("lora", "lora-null", "folora", "folora-kl"),
         "pretrain": "--encoding gpt2 --context 256 --layers 6 --heads 4 --width 256 --batch 8 --steps 1000",
         "calibrate": "--skip-bad --samples 1000 --fisher-samples 250 --min-unique 0.12 --fours-from 256 "
                      "--min-new 128",
@@ -841,8 +841,9 @@ def write_texts(source, folder):
 
     rows = {name: tasks.opened(source / f"{name}.jsonl").read().decode().splitlines(True) for name in ROWS}
     for name in CORPORA:
-        write(f"train/{name}.txt", [part + tasks.EOT for i, part in enumerate(texts(name)) if i % 20])
-        write(f"keep/{name}.txt", texts(name)[::20])
+        parts = texts(name)
+        write(f"train/{name}.txt", [part + tasks.EOT for i, part in enumerate(parts) if i % 20])
+        write(f"keep/{name}.txt", parts[::20])
     write("keep/wikitext2.txt", texts("wikitext2_test"))
     rows["trivia"] = random.Random("trivia").sample(rows["trivia"], len(rows["trivia"]))
     trivia = [f"{tasks.EOT}{tasks.QUESTION.format(row['question'])}{row['answer']}\n"
@@ -964,10 +965,10 @@ def sadam_share(config, rank, x, y, passes, repeats):
         backward()
         sadam.step()
         held.append(train.cost(model, sadam)["bytes"])
-        steps[name] = sadam.step
+        if bases:
+            steps[name] = sadam.step
     adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    found = interleaved(repeats, backward=backward, adamw=adamw.step, float32=steps["float32"],
-                        bfloat16=steps["bfloat16"])
+    found = interleaved(repeats, backward=backward, adamw=adamw.step, **steps)
     lines = []
     for kind, size in zip(("float32", "bfloat16"), held[1:]):
         lines += ([100 * (ours - plain) / (passes * one + plain)
