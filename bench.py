@@ -37,9 +37,9 @@ import calibrate
 import tasks
 import train
 from eval import evaluate, items_of, kept, markdown, on_disk, text_files, write_json
-from folora import (METHODS, Method, SAdam, SecondMoment, damped, fisher, forgetting_penalty,
-                    generalized_eigh, kaiming, kaiming_start, leading, null_space, sadam, solve_layer,
-                    spectral_gate)
+from folora import (METHODS, Method, SAdam, SecondMoment, check_rank, damped, fisher, forgetting_penalty,
+                    generalized_eigh, kaiming, kaiming_start, leading, null_space, projection_start, sadam,
+                    solve_layer, spectral_gate)
 from model import (GPT, GPTConfig, add_lora, autocast, block_linears, generate, load, lora_parameters,
                    pick_device, write_whole)
 from train import load_adapter, load_foundation
@@ -70,6 +70,14 @@ def utility_alone(m, lam, s_min):
     return basis, spectral_gate(eigvals, lam, s_min)
 
 
+def between(W0, m, r, k, g):
+    """Half of the rank in the null-space start's directions, half in the leading ones."""
+    check_rank(r, W0)
+    _, low = torch.linalg.eigh(m["C_pre"])
+    U, _ = torch.linalg.qr(torch.cat([low[:, :r // 2], m["basis"][:, :r - r // 2]], 1))
+    return projection_start(W0, U, k)
+
+
 def one_sided(S_pre):
     """All outputs alike, as in Eq. 6, at the same mean."""
     return S_pre.diagonal().mean() * torch.eye(len(S_pre)).to(S_pre)
@@ -87,6 +95,7 @@ METHODS |= {
     "null-utility": Method(null_space, utility_alone),
     "top-adam": Method(leading),
     "top-frozen": Method(leading, train_A=False),
+    "between": Method(between, sadam),
     "kaiming-sadam": Method(kaiming, sadam),
 }
 
@@ -114,7 +123,7 @@ ABLATIONS = {
     "coordinates and gate": {name: (name, ()) for name in (
         "folora", "null-adam", "null-ungated", "null-evenly", "null-penalty", "null-utility", "folora-half")},
     "start": {name: (name, ()) for name in (
-        "folora", "folora-top", "kaiming-sadam", "top-adam", "null-frozen", "top-frozen")},
+        "folora", "folora-top", "between", "kaiming-sadam", "top-adam", "null-frozen", "top-frozen")},
     "replay, full weights": {name: (name, ()) for name in ("folora-replay", "folora-full")},
     "strength": {f"folora, {option} {value}": ("folora", (f"--{option}", value)) for option, value in (
         ("lam", "0.3"), ("lam", "3"), ("lam", "10"), ("s-min", "0"), ("s-min", "0.1"), ("s-min", "0.6"),
