@@ -38,8 +38,8 @@ import tasks
 import train
 from eval import evaluate, items_of, kept, markdown, on_disk, text_files, write_json
 from folora import (METHODS, Method, SAdam, SecondMoment, check_rank, damped, fisher, forgetting_penalty,
-                    generalized_eigh, kaiming, kaiming_start, leading, null_space, projection_start, sadam,
-                    solve_layer, spectral_gate)
+                    generalized_eigh, kaiming, kaiming_start, leading, method_called, null_space,
+                    projection_start, sadam, solve_layer, spectral_gate, whiten)
 from model import (GPT, GPTConfig, add_lora, autocast, block_linears, generate, load, lora_parameters,
                    pick_device, write_whole)
 from train import load_adapter, load_foundation
@@ -444,8 +444,12 @@ def calibrate_on(source, options):
 def compare(args, chosen):
     """Make what the comparison needs, then let workers do its runs."""
     out = ["--out", args.out]
-    train.parser().parse_args(["adapt", *shlex.split(args.adapt)])  # what is wrong is said before the work
+    adapt = train.parser().parse_args(["adapt", *shlex.split(args.adapt)])  # what is wrong is said at once
     calibrate.parser().parse_args(shlex.split(args.calibrate))
+    for method in args.methods or ():
+        method_called(method)
+    for task in chosen:
+        items_of(task, "valid", 1, None, args.keep, adapt.skip_bad)
     train.main(["pretrain", *out, *shlex.split(args.pretrain)])
     if args.ablate:
         train.main(["pretrain", *shlex.split(f"{args.pretrain} {SMALL}"), "--out", f"{args.out}/small"])
@@ -882,6 +886,8 @@ def on_texts(args):
 def main(args):
     if args.texts:
         on_texts(args)
+    if args.skip_bad:
+        args.calibrate, args.adapt = f"--skip-bad {args.calibrate}", f"--skip-bad {args.adapt}"
     chosen = args.tasks or (["math"] if args.ablate or args.quick else list(tasks.TASKS))
     if args.compare or args.ablate:
         compare(args, chosen)
@@ -1191,19 +1197,21 @@ def residual(C_task, H, eigvals, basis):
 
 def time_eigen(args):
     if lack := lacking("scipy"):
-        return 6 * [lack]
+        return 9 * [lack]
     from scipy.linalg import eigh
     lines, solved = [], {}
     for n in (128, 768) if args.quick else (128, 768, 3072):
         C_task, H = eigenproblem(n)
         arrays = C_task.cpu().numpy(), H.cpu().numpy()
+        M = whiten(C_task, torch.linalg.cholesky(H))
         found = interleaved(args.repeats, pause=0.3,
                             ours=lambda: solved.update(ours=generalized_eigh(C_task, H)),
+                            symmetric=lambda: torch.linalg.eigh(M),
                             scipy=lambda: solved.update(scipy=eigh(*arrays)))
         ours, theirs = (residual(C_task, H, *(torch.as_tensor(part).to(H) for part in solved[name]))
                         for name in ("ours", "scipy"))
-        lines += ratio(found, "ours", "scipy"), [ours / theirs]
-    return lines + (6 - len(lines)) * ["left out by --quick"]
+        lines += ratio(found, "ours", "scipy"), ratio(found, "symmetric", "scipy"), [ours / theirs]
+    return lines + (9 - len(lines)) * ["left out by --quick"]
 
 
 def time_main_job(args, options=()):
@@ -1300,7 +1308,8 @@ SPEED = {
         ("second moments, relative error of the worst layer", "float64", "{:.0e}", "<=", 1e-6, None)]),
     "eigen": (time_eigen, [
         (f"generalized eigenproblem, n = {n}: {what}", "scipy.linalg.eigh", "{:.2f} x", "<=", target, None)
-        for n in (128, 768, 3072) for what, target in (("time", 1), ("residual", None))]),
+        for n in (128, 768, 3072)
+        for what, target in (("time", 1), ("of it torch's symmetric eigh", None), ("residual", None))]),
     "main-job": (time_main_job, [
         ("the main job from nothing", "-", "{:.0f} s", "<=", 480, 60),
         ("calibration, of the main job's time", "-", "{:.1f} %", "<=", 15, 15)]),

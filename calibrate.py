@@ -216,11 +216,12 @@ def warn_of_few(rows, model, name):
 
 
 def print_spectrum(layers):
-    """One line a layer: how many directions the foundation uses, and what the gate makes of γ
-    at the default τ, λ and s_min."""
+    """One line for each of {layer: its moments}: how many directions the foundation uses, and what the gate
+    makes of γ at the default τ, λ and s_min."""
     print(f"{'layer':32} {'d_in':>5} {'used':>6} {'γ max':>8} {'median':>7} {'min':>8} "
           f"{'mean gate':>10} {'gate 0.3':>9}")
-    for name, m in layers.items():
+    for name, moments in layers.items():
+        m = solve_layer(*(moments[C].to(pick_device()) for C in ("C_pre", "C_task")))
         gate, eigvals, C = spectral_gate(m["eigvals"]), m["eigvals"], m["C_pre"]
         # participation ratio: d_in if all directions are used alike, 1 if one is
         used = C.trace() ** 2 / (C * C).sum()
@@ -254,7 +255,7 @@ def measure(args, model, queries, encoding, old):
     C_task = second_moments(model, prompts, sums_on=args.sums_on)
     layers = {name: {"C_pre": C_pre.cpu(), "C_task": C_task[name].cpu(), "S_pre": old["S_pre"][name].cpu()}
               for name, C_pre in old["C_pre"].items()}
-    print_spectrum({name: solve_layer(m["C_pre"], m["C_task"]) for name, m in layers.items()})
+    print_spectrum(layers)
     return {"layers": layers, "samples": old["samples"]}
 
 

@@ -191,10 +191,6 @@ def print_wrong(name, scores):
 
 def main_job(args):
     """Run every stage that is missing, then print the table; returns {model name: scores}."""
-    for file in args.keep:
-        if not file.endswith((".jsonl", ".txt")):
-            raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
-        tasks.text_of(file)
     items_of(args.task, args.split, 1, args.eval, args.keep, args.skip_bad)  # what is bad is named at once
     began, out, folder = time.time(), ["--out", args.out], train.task_folder(args)
     task = ["--task", args.task, *(["--skip-bad"] if args.skip_bad else [])]
@@ -264,6 +260,10 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
+    for file in args.keep:
+        if not file.endswith((".jsonl", ".txt")):
+            raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
+        tasks.opened(file).close()
     if args.compare or args.ablate or args.report:
         import bench  # which itself uses this file
         return bench.main(args)

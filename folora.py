@@ -239,25 +239,33 @@ class SAdam(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, self.state[p],
-                                 **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
         return loss
 
-    def _update(self, p, state, lr, betas, eps, weight_decay):
-        V, gate = self.spectral.get(p, (None, None))
-        g = p.grad if V is None else (p.grad.to(V) @ V).to(p)         # A = Ā Vᵀ, hence Ḡ = G V
-        if not state:
-            state.update(step=0, exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
-        state["step"] += 1
-        m = state["exp_avg"].lerp_(g, 1 - betas[0])
-        v = state["exp_avg_sq"].lerp_(g * g, 1 - betas[1])
-        m_hat, v_hat = m / (1 - betas[0] ** state["step"]), v / (1 - betas[1] ** state["step"])
-        step = -lr * m_hat / (v_hat.sqrt() + eps)
-        if V is not None:  # gate the step: Adam would normalise a gated gradient back to full size
-            step = ((step * gate).to(V) @ V.T).to(p)                  # ΔA = ΔĀ Vᵀ
-        p.mul_(1 - lr * weight_decay).add_(step)
+    def _update(self, params, lr, betas, eps, weight_decay):
+        """Each line is for all params at once, as torch._foreach: a GPU takes longer to be asked for one of
+        these small products than to do it."""
+        into = [self.spectral.get(p, (None, None)) for p in params]
+        g = [p.grad if V is None else (p.grad.to(V) @ V).to(p)        # A = Ā Vᵀ, hence Ḡ = G V
+             for p, (V, _) in zip(params, into)]
+        for p, g_p in zip(params, g):
+            if not self.state[p]:
+                self.state[p].update(step=0, exp_avg=torch.zeros_like(g_p), exp_avg_sq=torch.zeros_like(g_p))
+            self.state[p]["step"] += 1
+        t, m, v = ([self.state[p][key] for p in params] for key in ("step", "exp_avg", "exp_avg_sq"))
+        torch._foreach_lerp_(m, g, 1 - betas[0])                      # m <- β₁ m + (1 - β₁) g
+        torch._foreach_lerp_(v, torch._foreach_mul(g, g), 1 - betas[1])
+        m_hat = torch._foreach_div(m, [1 - betas[0] ** n for n in t])
+        v_hat = torch._foreach_div(v, [1 - betas[1] ** n for n in t])
+        root = torch._foreach_add(torch._foreach_sqrt(v_hat), eps)
+        step = torch._foreach_div(torch._foreach_mul(m_hat, -lr), root)  # -η m̂/(√v̂ + ε)
+        # the gate is for the step: Adam would bring a gated gradient back to full size
+        step = [s if V is None else ((s * gate).to(V) @ V.T).to(p)    # ΔA = ΔĀ Vᵀ
+                for p, s, (V, gate) in zip(params, step, into)]
+        torch._foreach_mul_(params, 1 - lr * weight_decay)
+        torch._foreach_add_(params, step)
 
 
 # ------------------------------------------------------------------------------------------------------------

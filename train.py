@@ -64,7 +64,8 @@ def loss_of(model, x, y):
     with autocast(x.device):
         h, targets = model.features(x, only=counted), y[counted]
         if len(targets) * len(W) > 2 ** 24:  # their logits would be most of what training holds
-            return LossInPieces.apply(h, W if torch.is_grad_enabled() else W.detach(), targets)
+            rows = 128 if x.device.type == "cpu" else 2048  # what fits a cache; what keeps a GPU busy
+            return LossInPieces.apply(h, W if torch.is_grad_enabled() else W.detach(), targets, rows)
         return F.cross_entropy(model.lm_head(h).float(), targets)
 
 
@@ -73,7 +74,7 @@ class LossInPieces(torch.autograd.Function):
     at a time. The gradients are made on the way: of the logits softmax - onehot(y), of h that times W."""
 
     @staticmethod
-    def forward(ctx, h, W, y, rows=128):
+    def forward(ctx, h, W, y, rows):
         device, (of_h, of_W, *_) = h.device.type, ctx.needs_input_grad
         precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h.dtype
         grad_h, grad_W = torch.empty_like(h), torch.zeros_like(W) if of_W else None

@@ -372,7 +372,7 @@ def test_references_that_are_not_there_are_named(monkeypatch, tmp_path, capfd):
     for reason in "needs transformers and peft", "needs scipy", "needs --nanogpt PATH":
         assert f"skipped: {reason} |" in said
     lines = [line for line in written["lines"] if line["median"].startswith("skipped")]
-    assert len(lines) == 4 + 2 + 3 + 6 and all(line["met"] == "-" for line in lines)
+    assert len(lines) == 4 + 2 + 3 + 9 and all(line["met"] == "-" for line in lines)
     with pytest.raises(ValueError, match="nanogpt is .*nowhere; it must be a folder"):
         bench.speed(["--nanogpt", str(tmp_path / "nowhere")])
 

@@ -596,6 +596,9 @@ def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer
 @pytest.mark.parametrize("arguments, answer", [
     (["--keep", "/nowhere.txt"], "/nowhere.txt is missing, or not a file"),
     (["--methods", "lora", "magic"], "invalid choice: 'magic'"),
+    (["--compare", "--quick", "--keep", "known.csv"], "must be a .jsonl file of items or a .txt file"),
+    (["--compare", "--quick", "--methods", "lora", "magic"], "unknown method 'magic'"),
+    (["--ablate", "--tasks", "magic"], "unknown task 'magic'"),
     (["--calibrate", "--samples 0"], "'0' is not a whole number of 1 or more"),
     (["--adapt", "--nonsense 1"], "unrecognized arguments: --nonsense 1")])
 def test_what_is_wrong_is_named_before_any_work(tmp_path, arguments, answer):
