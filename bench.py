@@ -38,7 +38,7 @@ import tasks
 import train
 from eval import evaluate, items_of, kept, markdown, on_disk, text_files, write_json
 from folora import (METHODS, Method, SAdam, SecondMoment, check_rank, damped, fisher, forgetting_penalty,
-                    generalized_eigh, kaiming, kaiming_start, leading, method_called, null_space,
+                    generalized_eigh, kaiming_start, leading_start, method_called, null_space_start,
                     projection_start, sadam, solve_layer, spectral_gate, whiten)
 from model import (GPT, GPTConfig, add_lora, autocast, block_linears, generate, load, lora_parameters,
                    pick_device, write_whole)
@@ -70,12 +70,12 @@ def utility_alone(m, lam, s_min):
     return basis, spectral_gate(eigvals, lam, s_min)
 
 
-def between(W0, m, r, k, g):
+def between(W0, C_pre, basis, r, scale, **_):
     """Half of the rank in the null-space start's directions, half in the leading ones."""
     check_rank(r, W0)
-    _, low = torch.linalg.eigh(m["C_pre"])
-    U, _ = torch.linalg.qr(torch.cat([low[:, :r // 2], m["basis"][:, :r - r // 2]], 1))
-    return projection_start(W0, U, k)
+    _, low = torch.linalg.eigh(C_pre)
+    U, _ = torch.linalg.qr(torch.cat([low[:, :r // 2], basis[:, :r - r // 2]], 1))
+    return projection_start(W0, U, scale)
 
 
 def one_sided(S_pre):
@@ -84,19 +84,19 @@ def one_sided(S_pre):
 
 
 METHODS |= {
-    "null-kl": Method(null_space, penalty=fisher),
-    "folora-top-kl": Method(leading, sadam, penalty=fisher),
-    "folora-one-sided": Method(leading, penalty=one_sided),
-    "null-adam": Method(null_space),
-    "null-frozen": Method(null_space, train_A=False),
-    "null-ungated": Method(null_space, ungated),
-    "null-evenly": Method(null_space, evenly_gated),
-    "null-penalty": Method(null_space, penalty_alone),
-    "null-utility": Method(null_space, utility_alone),
-    "top-adam": Method(leading),
-    "top-frozen": Method(leading, train_A=False),
+    "null-kl": Method(null_space_start, penalty=fisher),
+    "folora-top-kl": Method(leading_start, sadam, penalty=fisher),
+    "folora-one-sided": Method(leading_start, penalty=one_sided),
+    "null-adam": Method(null_space_start),
+    "null-frozen": Method(null_space_start, train_A=False),
+    "null-ungated": Method(null_space_start, ungated),
+    "null-evenly": Method(null_space_start, evenly_gated),
+    "null-penalty": Method(null_space_start, penalty_alone),
+    "null-utility": Method(null_space_start, utility_alone),
+    "top-adam": Method(leading_start),
+    "top-frozen": Method(leading_start, train_A=False),
     "between": Method(between, sadam),
-    "kaiming-sadam": Method(kaiming, sadam),
+    "kaiming-sadam": Method(kaiming_start, sadam),
 }
 
 # ------------------------------------------------------------------------------------------------------------

@@ -166,14 +166,15 @@ def spectral_gate(eigvals, lam=1.0, s_min=0.3):
 
 # ------------------------------------------------------------------------------------------------------------
 # Where to start. Each start returns A0 (r, d_in), B0 (d_out, r); the layer then freezes
-# W_res = W0 - κB0A0, so that it begins as exactly the function it was.
+# W_res = W0 - κB0A0, so that it begins as exactly the function it was. Called by keywords, it takes what it
+# needs and lets the others' be.
 
 def check_rank(r, W0):
     if not 1 <= r <= min(W0.shape):
         raise ValueError(f"rank is {r}; a layer of {tuple(W0.shape)} takes 1 to {min(W0.shape)}")
 
 
-def kaiming_start(W0, r, scale=1.0, generator=None):
+def kaiming_start(W0, r, generator=None, **_):
     """LoRA's: A0 Kaiming-uniform (a = √5, so bound 1/√d_in), B0 = 0."""
     check_rank(r, W0)
     d_out, d_in = W0.shape
@@ -186,14 +187,14 @@ def projection_start(W0, U, scale=1.0):
     return U.T.to(W0).contiguous(), (W0 @ U.to(W0)) / scale
 
 
-def null_space_start(W0, C_pre, r, scale=1.0):
+def null_space_start(W0, C_pre, r, scale=1.0, **_):
     """The paper's (App. B.3): U = the r eigenvectors of C_pre of smallest eigenvalue, so A0 X_pre ≈ 0."""
     check_rank(r, W0)
     _, U = torch.linalg.eigh(C_pre.double())  # ascending
     return projection_start(W0, U[:, :r], scale)
 
 
-def leading_start(W0, basis, r, scale=1.0):
+def leading_start(W0, basis, r, scale=1.0, **_):
     """Ours: U spans the r leading generalized eigenvectors, the directions of highest utility per penalty."""
     check_rank(r, W0)
     U, _ = torch.linalg.qr(basis[:, :r].double())
@@ -269,7 +270,7 @@ class SAdam(torch.optim.Optimizer):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# What it is compared with: other places to start. SVDs in float64; B and A share the singular values evenly.
+# What it is compared with: other places to start, and directions to keep out of. SVDs in float64.
 
 def svd(W):
     """(U, S descending, Vᵀ) of W, in float64."""
@@ -281,23 +282,23 @@ def even_split(W0, U, S, Vh, scale):
     return (S.sqrt()[:, None] * Vh).to(W0), (U * S.sqrt() / scale).to(W0)
 
 
-def pissa_start(W0, r, scale=1.0):
+def pissa_start(W0, r, scale=1.0, **_):
     """PiSSA (arXiv 2404.02948): κB0A0 = the r largest singular components of W0."""
     check_rank(r, W0)
     U, S, Vh = svd(W0)
     return even_split(W0, U[:, :r], S[:r], Vh[:r], scale)
 
 
-def milora_start(W0, r, scale=1.0):
+def milora_start(W0, r, scale=1.0, **_):
     """MiLoRA (arXiv 2406.09044): κB0A0 = the r smallest singular components of W0."""
     check_rank(r, W0)
     U, S, Vh = svd(W0)
     return even_split(W0, U[:, -r:], S[-r:], Vh[-r:], scale)
 
 
-def corda_start(W0, C_pre, r, scale=1.0, damping=0.01):
+def corda_start(W0, C_pre, r, scale=1.0, damping=0.01, **_):
     """CorDA, knowledge-preserved (arXiv 2406.05223): κB0A0 = the r smallest components of W0 C, times C⁻¹,
-    with C = C_pre + damping · mean diag(C_pre) · I."""
+    with C = C_pre + damping · mean diag(C_pre) · I. The unit of C_pre decides how B0 and A0 share them."""
     check_rank(r, W0)
     C = C_pre.double() + damping * C_pre.double().diagonal().mean() * torch.eye(len(C_pre)).to(C_pre)
     U, S, Vh = svd(W0.double() @ C)
@@ -305,7 +306,7 @@ def corda_start(W0, C_pre, r, scale=1.0, damping=0.01):
     return even_split(W0, U[:, -r:], S[-r:], Vh_C_inverse, scale)
 
 
-def lora_null_start(W0, C_pre, r, scale=1.0):
+def lora_null_start(W0, C_pre, r, scale=1.0, **_):
     """LoRA-Null (arXiv 2503.02659): κB0A0 = W0 U⊥U⊥ᵀ, U⊥ the r eigenvectors of C_pre of smallest eigenvalue.
     The same function as `null_space_start`, split evenly between B0 and A0."""
     A0, B0 = null_space_start(W0, C_pre, r)
@@ -313,7 +314,7 @@ def lora_null_start(W0, C_pre, r, scale=1.0):
     return even_split(W0, U, S, Vh @ A0.double(), scale)
 
 
-def sc_lora_start(W0, C_pre, C_task, r, scale=1.0, beta=0.5):
+def sc_lora_start(W0, C_pre, C_task, r, scale=1.0, beta=0.5, **_):
     """SC-LoRA (arXiv 2505.23724): B0 = Q/κ, A0 = QᵀW0, Q the r leading eigenvectors of the outputs'
     (1 - β) S_task - β S_pre; an output W0 x has the second moment S = W0 C W0ᵀ."""
     check_rank(r, W0)
@@ -331,8 +332,7 @@ def oplora_protected(W0, k=16):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# The methods, by name: how each differs from LoRA. `m` is the layer's `solve_layer` (None where a method
-# reads no calibration), k is κ, g a seeded generator.
+# The methods, by name: how each differs from LoRA. `m` is the layer's `solve_layer`.
 
 def sadam(m, lam, s_min):
     """FoLoRA's steps: the basis and the gate."""
@@ -349,25 +349,9 @@ def fisher(S_pre):
     return S_pre
 
 
-def kaiming(W0, m, r, k, g):
-    return kaiming_start(W0, r, k, g)
-
-
-def null_space(W0, m, r, k, g):
-    return null_space_start(W0, m["C_pre"], r, k)
-
-
-def leading(W0, m, r, k, g):
-    return leading_start(W0, m["basis"], r, k)
-
-
-def lora_null(W0, m, r, k, g):
-    return lora_null_start(W0, m["C_pre"], r, k)
-
-
 @dataclass(frozen=True)
 class Method:
-    start: Callable | None = kaiming  # (W0, m, r, k, g) -> (A0, B0); None: no adapter, W0 itself is trained
+    start: Callable | None = kaiming_start  # (W0, r, scale, generator, **m) -> (A0, B0); None: W0 is trained
     steps: Callable | None = None     # (m, lam, s_min) -> (basis, gate) for A's (or W0's) steps; None: Adam's
     train_A: bool = True
     penalty: Callable | None = None   # S_pre -> S of the `two_sided_penalty` that, times μ, joins the loss
@@ -379,22 +363,22 @@ class Method:
 METHODS = {
     "full": Method(None, calibrated=False),
     "lora": Method(calibrated=False),
-    "pissa": Method(lambda W0, m, r, k, g: pissa_start(W0, r, k), calibrated=False),
-    "milora": Method(lambda W0, m, r, k, g: milora_start(W0, r, k), calibrated=False),
-    "corda": Method(lambda W0, m, r, k, g: corda_start(W0, m["C_pre"], r, k)),
-    "lora-null": Method(lora_null),
-    "lora-null-v2": Method(lora_null, train_A=False),
-    "sc-lora": Method(lambda W0, m, r, k, g: sc_lora_start(W0, m["C_pre"], m["C_task"], r, k)),
+    "pissa": Method(pissa_start, calibrated=False),
+    "milora": Method(milora_start, calibrated=False),
+    "corda": Method(corda_start),
+    "lora-null": Method(lora_null_start),
+    "lora-null-v2": Method(lora_null_start, train_A=False),
+    "sc-lora": Method(sc_lora_start),
     "oplora": Method(protected=oplora_protected, calibrated=False),
     "replay": Method(replay=0.25),
-    "folora": Method(null_space, sadam),
-    "folora-top": Method(leading, sadam),
-    "folora-kl": Method(leading, penalty=fisher),              # ours: the penalty itself, in the loss
+    "folora": Method(null_space_start, sadam),
+    "folora-top": Method(leading_start, sadam),
+    "folora-kl": Method(leading_start, penalty=fisher),              # ours: the penalty itself, in the loss
     "lora-kl": Method(penalty=fisher),
-    "folora-replay": Method(null_space, sadam, replay=0.25),
-    "folora-kl-replay": Method(leading, penalty=fisher, replay=0.25),
+    "folora-replay": Method(null_space_start, sadam, replay=0.25),
+    "folora-kl-replay": Method(leading_start, penalty=fisher, replay=0.25),
     "folora-full": Method(None, sadam),                        # App. D
-    "folora-half": Method(null_space, truncated),              # App. D
+    "folora-half": Method(null_space_start, truncated),              # App. D
 }
 
 

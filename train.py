@@ -131,7 +131,8 @@ def gradients(model, x, y, penalty, parts=1):
 
 def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, after=None,
         penalty=lambda: 0, parts=1):
-    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns losses in nats.
+    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns each step's
+    loss in nats, penalty included.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
     exactly where an interrupted run of the same settings was saved: every SAVE_EVERY seconds and at Ctrl-C,
@@ -153,7 +154,7 @@ def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03
             losses.append(gradients(model, x, y, penalty, parts))
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
             if not math.isfinite(losses[-1] + norm.item()):
-                where = first_not_finite(model, lambda: gradients(model, x, y, penalty))
+                where = first_not_finite(model, lambda: gradients(model, x, y, penalty, parts))
                 raise ValueError(f"loss or gradient is not finite at step {step + 1}, first in {where}; "
                                  f"try a smaller --lr than {settings['lr']}")
             for optimizer in optimizers:
@@ -364,7 +365,7 @@ def prepare(model, method, calibration, args):
         m = calibration and solve_layer(*(calibration["layers"][name][C].to(W0.device)
                                           for C in ("C_pre", "C_task")), args.tau)
         if method.start:
-            layer.start(*method.start(W0, m, args.rank, args.scale, generator))
+            layer.start(*method.start(W0, r=args.rank, scale=args.scale, generator=generator, **(m or {})))
             trained = layer.lora_A.requires_grad_(method.train_A)
         if method.protected:
             U, V = method.protected(W0)

@@ -532,7 +532,7 @@ def test_every_start_leaves_the_layer_as_it_was(name, block, scale):
     """W_res + κB0A0 = W0 for every method, κ and r, and A0 and B0 have LoRA's shapes."""
     W0, _, X, r, randn = block
     m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
-    A0, B0 = METHODS[name].start(W0, m, r, scale, torch.Generator().manual_seed(0))
+    A0, B0 = METHODS[name].start(W0, r=r, scale=scale, generator=torch.Generator().manual_seed(0), **m)
     assert A0.shape == (r, len(X)) and B0.shape == (len(W0), r)
     layer = adapted(W0, A0, B0, scale)
     x = randn(7, len(X))
@@ -547,7 +547,8 @@ def test_merged_is_unmerged_whatever_was_learnt(name, block, scale, k):
     without."""
     W0, _, X, r, randn = block
     m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
-    layer = adapted(W0, *METHODS[name].start(W0, m, r, scale, torch.Generator().manual_seed(0)), scale)
+    pair = METHODS[name].start(W0, r=r, scale=scale, generator=torch.Generator().manual_seed(0), **m)
+    layer = adapted(W0, *pair, scale)
     if k is not None:
         layer.protect(*oplora_protected(W0, k))
     with torch.no_grad():
@@ -565,7 +566,8 @@ def test_merged_is_unmerged_whatever_was_learnt(name, block, scale, k):
 def test_a_protected_layer_starts_as_it_was(block, scale, k):
     """OPLoRA starts from B0 = 0, of which no direction needs protection."""
     W0, _, X, r, randn = block
-    layer = adapted(W0, *METHODS["oplora"].start(W0, None, r, scale, torch.Generator().manual_seed(0)), scale)
+    pair = METHODS["oplora"].start(W0, r=r, scale=scale, generator=torch.Generator().manual_seed(0))
+    layer = adapted(W0, *pair, scale)
     layer.protect(*oplora_protected(W0, k))
     x = randn(7, len(X))
     assert close(layer(x), x @ W0.T + layer.bias) and close(layer.plain(merged=True).weight, W0)
@@ -635,7 +637,7 @@ def test_starts_refuse_an_impossible_rank(name, r):
     """r is at least 1 and at most min(d_out, d_in)."""
     W0, C = torch.ones(3, 4).double(), torch.eye(4).double()
     with pytest.raises(ValueError, match=f"rank is {r}"):
-        METHODS[name].start(W0, solve_layer(C, C), r, 1.0, None)
+        METHODS[name].start(W0, r=r, scale=1.0, generator=None, **solve_layer(C, C))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1080,7 +1082,7 @@ def test_methods_are_known_by_name():
             ("sc-lora", sc_lora_start, "C_pre", "C_task"),
             ("folora", null_space_start, "C_pre"), ("folora-top", leading_start, "basis")):
         expected = start(W0, *(m[key] for key in moment), 2, 4.0)
-        pair = METHODS[name].start(W0, m, 2, 4.0, None)
+        pair = METHODS[name].start(W0, r=2, scale=4.0, generator=None, **m)
         assert all(torch.equal(a, b) for a, b in zip(pair, expected, strict=True))
     with pytest.raises(ValueError, match="unknown method 'dora'; the methods are full, lora, .*folora"):
         method_called("dora")
@@ -1092,8 +1094,8 @@ def test_methods_ask_for_a_calibration_exactly_if_they_use_it():
     for method in METHODS.values():
         uses = method.replay > 0 or method.penalty is not None
         try:
-            method.start and method.start(torch.eye(3).double(), None, 1, 1.0, None)
+            method.start and method.start(torch.eye(3).double(), r=1, scale=1.0, generator=None)
             method.steps and method.steps(None, 1.0, 0.3)
-        except TypeError:  # it looked into a calibration that is None
+        except TypeError:  # it asked for what only a calibration has
             uses = True
         assert method.calibrated == uses
