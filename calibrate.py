@@ -3,10 +3,11 @@
     python calibrate.py --task math      # out/math/calibration.pt, under a minute on 2 cores
 
 1. Sample: N texts from <|endoftext|> alone stand for the pretraining text, which nobody has (Sec. 3.4).
-2. Measure: the second moments C_pre of every linear layer's input on those texts, and C_task on task queries.
+2. Measure: the second moments C_pre of every linear layer's input on those texts and S_pre of the gradients
+   at its output (for `folora-kl`), and C_task of its input on task queries.
 
-The first step and C_pre do not depend on the task: out/proxy.pt keeps them, once both are done. `train.py
-adapt` solves C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
+All but C_task does not depend on the task: out/proxy.pt keeps it, once it is done. `train.py adapt` solves
+C_task v = γ (C_pre + τI) v for each layer (Eq. 17); the spectrum is printed here.
 """
 import collections
 import hashlib
@@ -108,38 +109,45 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 # ------------------------------------------------------------------------------------------------------------
 # Measure
 
-@torch.inference_mode()
-def second_moments(model, rows, batch=64, sums_on=None):
-    """{layer name: E[x xᵀ] (d_in, d_in) float64} over all tokens of `rows` (token lists), in one pass.
+def second_moments(model, rows, batch=64, sums_on=None, gradients=False):
+    """{layer name: C = E[x xᵀ] (d_in, d_in) float64} over all tokens of `rows` (token lists), in one pass. Or
+    with `gradients` S = E[δ δᵀ] (d_out, d_out) over all that have a next token, δ the gradient at the layer's
+    output of the rows' summed loss in nats; see `two_sided_penalty`.
 
     Padding never enters. The sums are kept on the model's device or, with sums_on="cpu", in the machine's own
-    memory: the device then holds one layer's (d_in, d_in) at a time. ValueError names the layer whose moment
-    is not finite.
+    memory: the device then holds one layer's at a time. ValueError names the layer whose moment is not
+    finite.
     """
-    device, layers = model.lm_head.weight.device, block_linears(model)
-    moments = {name: SecondMoment(layer.in_features, sums_on or device) for name, layer in layers.items()}
+    device, layers, c = model.lm_head.weight.device, block_linears(model), model.config
+    moments = {name: SecondMoment(layer.out_features if gradients else layer.in_features, sums_on or device)
+               for name, layer in layers.items()}
+    if gradients:
+        batch = max(1, min(batch // 2, 2 ** 26 // (c.block_size * c.vocab_size)))  # so many rows' logits
+        first_input = model.requires_grad_(False).transformer.wpe.weight.requires_grad_(True)
+
+    def see(name, t):  # `mask` is the batch's
+        if gradients:
+            t.register_hook(lambda gradient: moments[name].add(gradient, mask))
+        else:
+            moments[name].add(t, mask)
+
     rows = own_share(sorted(rows, key=len))  # rows of like length together: less padding
-    with watching(layers, lambda name, activations: moments[name].add(activations, mask)):  # the batch's mask
+    with watching(layers, see, outputs=gradients), torch.set_grad_enabled(gradients):
         for first in range(0, len(rows), batch):
-            chunk = rows[first:first + batch]
-            x = pad_sequence([torch.tensor(row) for row in chunk], batch_first=True).to(device)
-            lengths = torch.tensor([[len(row)] for row in chunk], device=device)
-            mask = torch.arange(x.shape[1], device=device) < lengths
-            model.features(x)  # no logits
-    return means(moments)
-
-
-def means(moments):
-    """{name: SecondMoment} -> {name: its mean}, over all processes; ValueError names the layer whose moment
-    is not finite."""
-    result = {}
+            x, y = (t.to(device) for t in response_batch(
+                [(row if gradients else [*row, 0], 1) for row in rows[first:first + batch]]))
+            mask = y != -100
+            h = model.features(x)
+            if gradients:
+                loss = F.cross_entropy(model.lm_head(h)[mask], y[mask], reduction="sum")
+                torch.autograd.grad(loss, first_input)  # which δ reaches through every layer
     for name, moment in moments.items():
         add_up([moment.total, moment.tokens])
         try:
-            result[name] = moment.mean()
+            moments[name] = moment.mean()
         except ValueError as error:
             raise ValueError(f"{name}: {error}")
-    return result
+    return moments
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,30 +191,7 @@ def measure_proxy(args, model, source, write):
     return {"samples": padded,
             "C_pre": second_moments(model, [row[:model.config.block_size] for row in rows],
                                     sums_on=args.sums_on),
-            "S_pre": output_moments(model, rows[:args.fisher_samples], sums_on=args.sums_on)}
-
-
-def output_moments(model, rows, batch=32, sums_on=None):
-    """{layer name: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` (token lists), δ the
-    gradient at the layer's output of the rows' summed loss in nats. See `two_sided_penalty`."""
-    device, layers = model.lm_head.weight.device, block_linears(model)
-    moments = {name: SecondMoment(layer.out_features, sums_on or device) for name, layer in layers.items()}
-    model.requires_grad_(False)
-    first_input = model.transformer.wpe.weight.requires_grad_(True)  # δ reaches it through every layer
-
-    def see(name, output):
-        output.register_hook(lambda gradient: moments[name].add(gradient, mask))  # the batch's mask
-
-    rows = own_share(sorted(rows, key=len))
-    c = model.config
-    batch = max(1, min(batch, 2 ** 26 // (c.block_size * c.vocab_size)))  # so many rows' logits
-    with watching(layers, see, outputs=True):
-        for first in range(0, len(rows), batch):
-            x, y = (t.to(device) for t in response_batch([(row, 1) for row in rows[first:first + batch]]))
-            mask = y != -100
-            loss = F.cross_entropy(model(x)[mask], y[mask], reduction="sum")
-            torch.autograd.grad(loss, first_input)
-    return means(moments)
+            "S_pre": second_moments(model, rows[:args.fisher_samples], sums_on=args.sums_on, gradients=True)}
 
 
 def warn_of_few(rows, model, name):

@@ -16,6 +16,7 @@ import hashlib
 import io
 import itertools
 import json
+import operator
 import pathlib
 import random
 import re
@@ -142,6 +143,7 @@ def words(rng):
 
 
 OPERATIONS = {"add {}": "{} + {}", "subtract {}": "{} - {}", "multiply by {}": "{} * {}"}
+ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
 def lambdas(rng):
@@ -326,33 +328,25 @@ def code_item(rng):
 
 
 def run_arithmetic(source, x=0):
-    """The value of `lambda x: …` or of a bare expression in + - * and integers, walked as a tree:
-    nothing is executed.
-
-    None when it is anything else, too long, too deep or too large.
-    """
+    """The value of `lambda x: …` or of a bare expression in + - * and integers, walked as a tree: nothing is
+    executed. None when it is anything else, too long, too deep or too large."""
     def walk(node, depth=0):
-        if depth > 20:
-            raise ValueError
-        if isinstance(node, ast.Constant) and type(node.value) is int:
-            value = node.value
-        elif isinstance(node, ast.Name) and node.id == "x":
-            value = x
-        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-            value = -walk(node.operand, depth + 1)
-        elif isinstance(node, ast.BinOp) and type(node.op) in (ast.Add, ast.Sub, ast.Mult):
-            a, b = walk(node.left, depth + 1), walk(node.right, depth + 1)
-            value = (a + b if isinstance(node.op, ast.Add)
-                     else a - b if isinstance(node.op, ast.Sub) else a * b)
-        else:
-            raise ValueError
-        if abs(value) > 10 ** 12:
+        match node:
+            case ast.Constant(value) if type(value) is int:
+                pass
+            case ast.Name("x"):
+                value = x
+            case ast.UnaryOp(ast.USub(), a):
+                value = -walk(a, depth + 1)
+            case ast.BinOp(a, op, b) if type(op) in ARITHMETIC:
+                value = ARITHMETIC[type(op)](walk(a, depth + 1), walk(b, depth + 1))
+            case _:
+                raise ValueError
+        if depth > 20 or abs(value) > 10 ** 12:
             raise ValueError
         return value
     try:
-        if len(source) > 200:
-            return None
-        body = ast.parse(source.strip(), mode="eval").body
+        body = ast.parse(source.strip(), mode="eval").body if len(source) <= 200 else None
         if isinstance(body, ast.Lambda) and ast.unparse(body.args) == "x":
             body = body.body
         return walk(body)
@@ -364,26 +358,16 @@ def instruct_item(rng):
     """An instruction with a constraint that a checker can verify; six families."""
     w, family = rng.choice(WORDS), rng.choice([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5])
     name, sign = rng.choice([("exclamation mark", "!"), ("question mark", "?"), ("dot", "."), ("star", "*")])
-    a = "an" if name.startswith("e") else "a"
-    if family == 0:
-        return exact(TEMPLATE.format(f"Write {w} in capital letters and end with {a} {name}."),
-                     w.upper() + sign)
-    if family == 1:
-        return exact(TEMPLATE.format(f"Write {w} twice, separated by {a} {name}."), w + sign + w)
-    if family == 2:
-        return exact(TEMPLATE.format(f"Write {w} backwards and end with {a} {name}."), w[::-1] + sign)
-    if family == 3:
-        return exact(TEMPLATE.format(f"Put {w} in capital letters between two {name}s."),
-                     sign + w.upper() + sign)
-    if family == 4:
-        return exact(TEMPLATE.format(f"Spell {w} in capital letters, with {a} {name} after each."),
-                     "".join(c + sign for c in w.upper()))
-    letter = w[0]
-
-    def check(said):  # any word will do
-        return bool(re.fullmatch(rf"{letter}[a-z]+{re.escape(sign)}", said.strip()))
-    return Item(TEMPLATE.format(f"Write a word that starts with {letter} and end with {a} {name}."),
-                w + sign, check)
+    one = f"{'an' if name.startswith('e') else 'a'} {name}"
+    asked, answer = [
+        (f"Write {w} in capital letters and end with {one}.", w.upper() + sign),
+        (f"Write {w} twice, separated by {one}.", w + sign + w),
+        (f"Write {w} backwards and end with {one}.", w[::-1] + sign),
+        (f"Put {w} in capital letters between two {name}s.", sign + w.upper() + sign),
+        (f"Spell {w} in capital letters, with {one} after each.", "".join(c + sign for c in w.upper())),
+        (f"Write a word that starts with {w[0]} and end with {one}.", w + sign)][family]
+    item, any_word = exact(TEMPLATE.format(asked), answer), re.compile(rf"{w[0]}[a-z]+{re.escape(sign)}")
+    return item if family < 5 else replace(item, check=lambda said: bool(any_word.fullmatch(said.strip())))
 
 
 MAKERS = {"math": math_item, "code": code_item, "instruct": instruct_item}
@@ -509,7 +493,7 @@ def kept_items(kind, split, count=200):
 
 
 @functools.cache
-def held_out_rows(kind, split, encoding, length, most=256):
+def held_out_rows(kind, split, encoding, length):
     """Rows of `length` tokens of held-out prose or source, or of a .txt file, for bits per byte, every second
     one for "valid".
 
@@ -521,4 +505,4 @@ def held_out_rows(kind, split, encoding, length, most=256):
         if start >= end:
             end = start + length - 1
             rows.append([encoding.eot_token] + chunks.tokens[start:end].tolist())
-    return rows[split == "test"::2][:most]
+    return rows[split == "test"::2]

@@ -131,8 +131,8 @@ def gradients(model, x, y, penalty, parts=1):
 
 def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, after=None,
         penalty=lambda: 0, parts=1):
-    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns each step's
-    loss in nats, penalty included.
+    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns each
+    step's loss in nats, with the penalty.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
     exactly where an interrupted run of the same settings was saved: every SAVE_EVERY seconds and at Ctrl-C,

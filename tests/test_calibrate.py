@@ -69,8 +69,8 @@ def test_moments_do_not_depend_on_batches_order_or_padding(rows, batch, seed):
         assert torch.allclose(alone[name], together[name], rtol=1e-4, atol=1e-6 * alone[name].abs().max())
 
 
-@pytest.mark.parametrize("measure", [calibrate.second_moments, calibrate.output_moments])
-def test_sums_in_the_machines_own_memory_are_the_same(measure, monkeypatch):
+@pytest.mark.parametrize("gradients", [False, True])
+def test_sums_in_the_machines_own_memory_are_the_same(gradients, monkeypatch):
     """With sums_on no sum is on the model's device; here both are the CPU, so the choice is looked at."""
     asked, rows = [], [[1, 2, 3], [4, 5, 6, 7, 8]]
 
@@ -80,7 +80,8 @@ def test_sums_in_the_machines_own_memory_are_the_same(measure, monkeypatch):
             super().__init__(d, device)
 
     monkeypatch.setattr(calibrate, "SecondMoment", Noted)
-    found = [measure(micro(), rows, sums_on=where) for where in (None, "cpu")]
+    found = [calibrate.second_moments(micro(), rows, sums_on=where, gradients=gradients)
+             for where in (None, "cpu")]
     assert set(map(type, asked)) == {torch.device, str}
     assert all(torch.equal(C, found[1][name]) for name, C in found[0].items())
 
