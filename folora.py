@@ -222,16 +222,23 @@ class SAdam(torch.optim.Optimizer):
         if not lr >= 0:
             raise ValueError(f"lr is {lr}; the learning rate must not be negative")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.spectral = {A: (V.to(A.device, held_in or A.dtype), gate.to(A))
-                         for A, (V, gate) in (spectral or {}).items()}
-        known = {p for group in self.param_groups for p in group["params"]}
-        for A, (V, gate) in self.spectral.items():
+        spectral, known = spectral or {}, {p for group in self.param_groups for p in group["params"]}
+        for A, (V, gate) in spectral.items():
             if A not in known:
                 raise ValueError(f"spectral holds a parameter of shape {tuple(A.shape)} not among params")
             if A.dim() != 2 or V.dim() != 2 or len(V) != A.shape[1] or gate.shape != V.shape[1:]:
                 raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit a "
                                  f"parameter of shape {tuple(A.shape)}; "
                                  "they must be (d_in, k) and (k,)")
+        # [(matrices of one shape, their bases (n, d_in, k), their gates (n, 1, k))]
+        self.stacks = []
+        for group in self.param_groups:
+            alike = {}
+            for p in filter(spectral.__contains__, group["params"]):
+                alike.setdefault((p.shape, p.dtype, p.device, spectral[p][0].shape), []).append(p)
+            for same in alike.values():
+                V = torch.stack([spectral[p][0].to(p.device, held_in or p.dtype) for p in same])
+                self.stacks.append((same, V, torch.stack([spectral[p][1].to(p) for p in same])[:, None]))
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -245,12 +252,23 @@ class SAdam(torch.optim.Optimizer):
                 self._update(params, **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
         return loss
 
+    def _in_bases(self, tensors, product):
+        """`tensors`, one a parameter, with product(t, V, gate) for those of matrices that have a basis."""
+        found = dict(tensors)
+        for same, V, gate in self.stacks:
+            chosen = [i for i, p in enumerate(same) if p in found]
+            if chosen:
+                if len(chosen) < len(same):
+                    V, gate = V[chosen], gate[chosen]
+                done = product(torch.stack([found[same[i]] for i in chosen]), V, gate)
+                found.update(zip((same[i] for i in chosen), done.unbind()))
+        return list(found.values())
+
     def _update(self, params, lr, betas, eps, weight_decay):
-        """Each line is for all params at once, as torch._foreach: a GPU takes longer to be asked for one of
-        these small products than to do it."""
-        into = [self.spectral.get(p, (None, None)) for p in params]
-        g = [p.grad if V is None else (p.grad.to(V) @ V).to(p)        # A = Ā Vᵀ, hence Ḡ = G V
-             for p, (V, _) in zip(params, into)]
+        """Each line is for all params at once, products for those of one shape (@ on stacks), the rest as
+        torch._foreach: a GPU takes longer to be asked for one of these small things than to do it."""
+        g = self._in_bases(((p, p.grad) for p in params),             # A = Ā Vᵀ, hence Ḡ = G V
+                           lambda G, V, gate: (G.to(V) @ V).to(G))
         for p, g_p in zip(params, g):
             if not self.state[p]:
                 self.state[p].update(step=0, exp_avg=torch.zeros_like(g_p), exp_avg_sq=torch.zeros_like(g_p))
@@ -263,8 +281,8 @@ class SAdam(torch.optim.Optimizer):
         root = torch._foreach_add(torch._foreach_sqrt(v_hat), eps)
         step = torch._foreach_div(torch._foreach_mul(m_hat, -lr), root)  # -η m̂/(√v̂ + ε)
         # the gate is for the step: Adam would bring a gated gradient back to full size
-        step = [s if V is None else ((s * gate).to(V) @ V.T).to(p)    # ΔA = ΔĀ Vᵀ
-                for p, s, (V, gate) in zip(params, step, into)]
+        step = self._in_bases(zip(params, step),                      # ΔA = ΔĀ Vᵀ
+                              lambda s, V, gate: ((s * gate).to(V) @ V.mT).to(s))
         torch._foreach_mul_(params, 1 - lr * weight_decay)
         torch._foreach_add_(params, step)
 

@@ -502,7 +502,7 @@ def cost(model, optimizer):
     moments, bases; no activations) or, on a GPU, the peak of everything."""
     trained = [p for p in model.parameters() if p.requires_grad]
     held = [*model.parameters(), *model.buffers(), *trained,
-            *(t for pair in optimizer.spectral.values() for t in pair),
+            *(t for _, *pair in optimizer.stacks for t in pair),
             *(t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))]
     return {"trained": sum(p.numel() for p in trained),
             "bytes": (torch.cuda.max_memory_allocated() if torch.cuda.is_available()

@@ -868,6 +868,25 @@ def test_truncated_basis_is_a_gate_of_zero_on_the_rest(r, d, seed, options, data
     assert k == 0 or moved.norm() > 0
 
 
+@given(small, small, seeds, st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=1, max_size=4))
+def test_matrices_that_step_together_step_as_each_alone(r, d, seed, present):
+    """Those of one shape share their products. One without a gradient, and without a basis, does not matter
+    to the others."""
+    draw, gates = normal(seed), [torch.linspace(0.3, 1, d).double() * f for f in (1.0, 0.9, 0.8)]
+    starts, bases = [draw(r, d) for _ in range(4)], [draw(d, d) for _ in range(3)]
+    together, alone = ([A.clone().requires_grad_() for A in starts] for _ in range(2))
+    spectral = [dict(zip(some, zip(bases, gates))) for some in (together, alone)]  # the last has none
+    optimizers = [SAdam(together, spectral[0], lr=0.1, weight_decay=0.1)]
+    optimizers += [SAdam([A], {A: spectral[1][A]} if A in spectral[1] else {}, lr=0.1, weight_decay=0.1)
+                   for A in alone]
+    for step in present:
+        for A, B, there in zip(together, alone, step):
+            A.grad = B.grad = draw(r, d) if there else None
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(close(A, B, 1e-12) for A, B in zip(together, alone))
+
+
 @given(small, small, seeds, st.lists(st.integers(-4, 4), min_size=6, max_size=6))
 def test_bases_in_bfloat16_take_the_same_steps_to_its_rounding(r, d, seed, exponents):
     """Bases, and what is multiplied by them, have 8 bits; moments and parameters keep theirs."""
@@ -878,7 +897,7 @@ def test_bases_in_bfloat16_take_the_same_steps_to_its_rounding(r, d, seed, expon
     train(optimizer, [A], 5)
     moved, expected = A.detach() - A0, run_sadam(A0, V, gate, lr=1e-2) - A0
     assert 0 < (moved - expected).norm() <= 0.05 * expected.norm() or torch.equal(moved, expected)
-    assert optimizer.spectral[A][0].dtype == torch.bfloat16
+    assert [V.dtype for _, V, _ in optimizer.stacks] == [torch.bfloat16]
     assert {t.dtype for t in (A, *list(optimizer.state[A].values())[1:])} == {torch.float64}
 
 
