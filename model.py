@@ -64,11 +64,11 @@ class KVCache:
 
     def update(self, layer, k, v, pos):
         """Write k, v (B, nh, T, hs) at positions pos (B, T); return keys and values, (B, nh, used, hs)."""
-        rows = torch.arange(len(pos), device=pos.device)[:, None]
         for kept, new in (self.keys[layer], k), (self.values[layer], v):
             if self.level:
                 kept[:, :, self.used - k.shape[2]:self.used] = new
             else:
+                rows = torch.arange(len(pos), device=pos.device)[:, None]
                 kept.transpose(1, 2)[rows, pos] = new.transpose(1, 2)
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
@@ -179,7 +179,7 @@ def truncate(logits, temperature, top_p, top_k):
     """Logits (B, vocab) / temperature, then only the top_k likeliest tokens, of those the fewest that hold a
     mass of top_p; the others -inf. Each setting is a tensor (B,), so that every row may have its own."""
     logits = logits / temperature[:, None]
-    cut = (top_p < 1) | (top_k < logits.shape[-1])  # most rows are not, and sorting is slow
+    cut = ((top_p < 1) | (top_k < logits.shape[-1])).nonzero()[:, 0]  # most rows are not; sorting is slow
     ranked, order = logits[cut].sort(dim=-1, descending=True)
     keep = torch.arange(logits.shape[-1], device=logits.device) < top_k[cut, None]
     probs = ranked.masked_fill(~keep, -math.inf).softmax(-1)
@@ -213,21 +213,22 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
     pos = torch.arange(max(lengths), device=device).expand(len(prompts), -1)  # prompts, then one token a row
     for new in range(max_new_tokens):
         cache.used = max(lengths) + new
-        logits = model(tokens.gather(1, pos), pos, cache, only=pos == end[:, None] - 1)  # (B, vocab)
+        last = pos == end[:, None] - 1 if new == 0 else None  # then there is but one token a row
+        logits = model(tokens.gather(1, pos), pos, cache, only=last).flatten(0, -2)  # (B, vocab)
         if new < min_new_tokens:
             logits[:, stop] = -math.inf
         if decoding is None:
             token = logits.argmax(-1)
         else:
             probs = truncate(logits.float(), *decoding).softmax(-1)
-            token = torch.multinomial(probs, 1, generator=generator)[:, 0]
+            # a draw from probs, by an exponential race: torch.multinomial does it so, after waiting for checks
+            token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
         stopped = ~done & torch.isin(token, stop)
-        finish[stopped] = end[stopped]
-        done |= stopped
+        finish, done = torch.where(stopped, end, finish), done | stopped
         if done.all():
             break
         tokens[rows, end], pos, end = token, end[:, None], end + 1
-    return [row[n:f].tolist() for row, n, f in zip(tokens, lengths, finish)]
+    return [row[n:f] for row, n, f in zip(tokens.tolist(), lengths, finish.tolist())]
 
 
 # ------------------------------------------------------------------------------------------------------------
