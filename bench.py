@@ -388,8 +388,10 @@ def missing_runs(study, ablate, quick):
 
 # Doing them, in as many processes as there are cores
 
-def work(args, chosen, workers):
+def work(args, chosen, workers, number):
     """Do missing runs until there are none; other processes may do the same on the same folder."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
     study, parent = Study(args, chosen), multiprocessing.parent_process()
     if parent:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends its workers
@@ -462,8 +464,8 @@ def compare(args, chosen):
     cores = os.cpu_count()
     workers = args.workers or (cores if pick_device().type == "cpu" else max(1, min(8, cores // 2)))
     context = multiprocessing.get_context("spawn")
-    about = functools.partial(work, args, chosen, workers)
-    processes = [context.Process(target=train.command, args=(about,)) for _ in range(workers)]
+    about = [functools.partial(work, args, chosen, workers, number) for number in range(workers)]
+    processes = [context.Process(target=train.command, args=(this,)) for this in about]
     for process in processes:
         process.start()
     try:
@@ -980,30 +982,38 @@ def sadam_share(config, rank, x, y, passes, repeats):
     how many it raises the memory of training], with bases in float32; then both for bases in bfloat16.
     Memory is the peak on a GPU, and counted on a CPU, as if the passes were one."""
     model, spectral = adapting(config, rank)
-    trained, held, steps = list(lora_parameters(model).values()), [], {}
-    once, twice = (activations(model, x.repeat(n, 1), y.repeat(n, 1)) for n in (1, 2))
-    kept = 0 if x.is_cuda else once + (passes - 1) * (twice - once)
+    trained, kept = list(lora_parameters(model).values()), 0
+    if not x.is_cuda:
+        once, twice = (activations(model, x.repeat(n, 1), y.repeat(n, 1)) for n in (1, 2))
+        kept = once + (passes - 1) * (twice - once)
 
     def backward():
         model.zero_grad(set_to_none=True)
         train.loss_of(model, x, y).backward()
 
-    for name, bases in (("plain", {}), ("float32", spectral), ("bfloat16", spectral)):
-        sadam = SAdam(trained, bases, lr=1e-6, held_in=getattr(torch, name, None))
-        if x.is_cuda:
-            torch.cuda.reset_peak_memory_stats()
-        backward()
-        sadam.step()
-        held.append(train.cost(model, sadam)["bytes"] + kept)
-        if bases:
-            steps[name] = sadam.step
-    adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
-    found = interleaved(repeats, backward=backward, adamw=adamw.step, **steps)
+    def optimizer(kind):
+        return SAdam(trained, {} if kind == "plain" else spectral, lr=1e-6,
+                     held_in=getattr(torch, kind, None))
+
+    def held(kind):
+        sadam = optimizer(kind)
+        for _ in range(2):  # from the second step on the moments are there
+            if x.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            backward()
+            sadam.step()
+        return train.cost(model, sadam)["bytes"] + kept
+
+    memory = {kind: held(kind) for kind in ("plain", "float32", "bfloat16")}
+    with train.tf32(x.device):  # as `fit` does
+        found = interleaved(repeats, backward=backward,
+                            plain=torch.optim.AdamW(trained, lr=1e-6, fused=True).step,
+                            **{kind: optimizer(kind).step for kind in ("float32", "bfloat16")})
     lines = []
-    for kind, size in zip(("float32", "bfloat16"), held[1:]):
+    for kind in "float32", "bfloat16":
         lines += ([100 * (ours - plain) / (passes * one + plain)
-                   for one, plain, ours in zip(found["backward"], found["adamw"], found[kind])],
-                  [100 * (size / held[0] - 1)])
+                   for one, plain, ours in zip(found["backward"], found["plain"], found[kind])],
+                  [100 * (memory[kind] / memory["plain"] - 1)])
     return lines
 
 
@@ -1258,18 +1268,23 @@ GROWTH = {"training step, s": {"width": 2, "depth": 1, "rank": 0},
 def quantities(repeats, width, depth, rank, samples):
     """{quantity: its value}: 16 x 128 tokens a step, 64 tokens a sample; times are medians."""
     config = GPTConfig(128, 257, depth, width // 32, width)
-    plain, (model, spectral) = GPT(config).to(pick_device()).eval(), adapting(config, rank)
-    batch, problem = random_batch(config, 16), eigenproblem(4 * width)
-    rows = torch.randint(257, (samples, 64)).tolist()
+    (model, spectral), batch = adapting(config, rank), random_batch(config, 16)
     sadam = SAdam(lora_parameters(model).values(), spectral, lr=1e-6)
+    training = steps_of(model, [sadam], lambda step: batch, 1)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    training()
+    size = train.cost(model, sadam)["bytes"]
+    plain, problem = GPT(config).to(pick_device()).eval(), eigenproblem(4 * width)
+    rows = torch.randint(257, (samples, 64)).tolist()
     found = interleaved(repeats, **{
-        "training step, s": steps_of(model, [sadam], lambda step: batch, 1), "SAdam's step, s": sadam.step,
+        "training step, s": training, "SAdam's step, s": sadam.step,
         "sampling, s": lambda: generate(plain, [[256]] * samples, 64),
         "second moments, s": lambda: calibrate.second_moments(plain, rows),
         "widest eigenproblem, s": lambda: generalized_eigh(*problem)})
     moments = calibrate.second_moments(plain, rows).values()
     return {**{name: statistics.median(seconds) for name, seconds in found.items()},
-            "training, bytes": train.cost(model, sadam)["bytes"],
+            "training, bytes": size,
             "calibration, bytes": 2 * sum(C.numel() * C.element_size() for C in moments)}  # C_pre and C_task
 
 

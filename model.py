@@ -221,7 +221,7 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
             token = logits.argmax(-1)
         else:
             probs = truncate(logits.float(), *decoding).softmax(-1)
-            # a draw from probs, by an exponential race: torch.multinomial does it so, after waiting for checks
+            # a draw from probs by an exponential race, as torch.multinomial does it, which waits for checks
             token = (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
         stopped = ~done & torch.isin(token, stop)
         finish, done = torch.where(stopped, end, finish), done | stopped
@@ -427,7 +427,7 @@ def join_processes():
     if "TORCHELASTIC_RUN_ID" in os.environ and not dist.is_initialized():
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group()
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if dist.get_rank():
             sys.stdout = open(os.devnull, "w")
 
@@ -473,7 +473,8 @@ def gathered(rows):
 
 def autocast(device):
     """bf16 where the machine gains from it (recent GPUs; CPUs with bf16 instructions), float32 elsewhere."""
-    gains = torch.cuda.is_bf16_supported() if device.type == "cuda" else bf16_cpu()
+    gains = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+             else bf16_cpu())
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=gains)
 
 

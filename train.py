@@ -131,12 +131,13 @@ def gradients(model, x, y, penalty, parts=1):
 
 def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, after=None,
         penalty=lambda: 0, parts=1):
-    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns each
-    step's loss in nats, with the penalty.
+    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns each step's
+    loss in nats, with the penalty.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
-    exactly where an interrupted run of the same settings was saved: every SAVE_EVERY seconds and at Ctrl-C,
-    unless it is None. penalty() is added to the loss; after(steps done) is called at each step.
+    exactly where an interrupted run of the same settings was saved (on a GPU to rounding, which its attention
+    does not repeat): every SAVE_EVERY seconds and at Ctrl-C, unless it is None. penalty() is added to the
+    loss; after(steps done) is called at each step.
     """
     device, steps = next(model.parameters()).device, settings["steps"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -443,9 +444,9 @@ def train_adapter(args, settings, path, model, *given):
     """What adapter.pt holds besides its settings; `given` as to `ready`."""
     print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
           f"{args.steps} steps on {pick_device()}")
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
     optimizer, batch, penalty = ready(args, model, *given)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # of training, without what made it ready
 
     def changed():  # adapters with their starts, or the full weights
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
@@ -603,7 +604,8 @@ def command(main):
         main()
         leave_processes()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's way to say it is used up
+        used_up = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)  # torch's ways
+        if isinstance(error, RuntimeError) and not used_up:
             raise
         print(f"error: {' '.join(str(error).split()) or 'not enough memory'}", file=sys.stderr)
         sys.exit(2)

@@ -6,6 +6,7 @@ from pathlib import Path
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # "the same, bit for bit" is said of a CPU
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
