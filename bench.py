@@ -703,7 +703,7 @@ def report(args, chosen):
                 "±95 % interval (seeds)", headline(study)]
     for task in study.tasks:
         if any(settled(study, task, method)[1] for method in study.methods):
-            said += [f"{task}, each at the lowest rate that reached {study.level(task):.0f}",
+            said += [f"{task}, each at its rate for {study.level(task):.0f} (chosen with seed 0)",
                      details(study, task)]
     said = "\n\n".join(filter(None, [*said, times(study), explanations(study), *ablations(study)]))
     write_whole(pathlib.Path(args.out) / "report.md", lambda f: f.write(f"{said}\n".encode()))

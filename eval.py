@@ -5,9 +5,9 @@
     python eval.py --compare         # every method, rate and seed; stop it and start it again as you like
     python eval.py --report          # its tables and pictures, from what is on disk
 
-A target task is scored by its checker and kept knowledge by exact match, both on greedy answers (percent);
-held-out prose and source in bits per byte (lower is better). Avg1 is the mean of the kept scores, Avg2 the
-target score, GM = √(Avg1·Avg2).
+A target task is scored by its checker and kept knowledge by exact match, both on greedy answers (percent), or
+by likelihood where a file's items have no check; held-out prose and source in bits per byte (lower is
+better). Avg1 is the mean of the kept scores, Avg2 the target score, GM = √(Avg1·Avg2).
 """
 import json
 import math
@@ -161,8 +161,7 @@ def write_json(path, content):
 # The table
 
 def table(results):
-    """A markdown table: a row a model, percent right for the target and each kept kind,
-    bits per byte for the text."""
+    """A markdown table: a row a model, scores for the target and each kept kind, bits per byte for text."""
     first = next(iter(results.values()))
     head = ["", f"target (n {first['target']['n']})"]
     head += [f"{kind} ({k['n']})" for kind, k in first["kept"].items()]

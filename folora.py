@@ -5,17 +5,17 @@ Pure functions, then one optimizer.
 
 A linear layer W0 (d_out, d_in) reads inputs x (d_in,). Text that the base model wrote itself says how
 strongly it uses each input direction, C_pre = E[x xᵀ]; task queries say how strongly the task uses it,
-C_task. With ΔW = B ΔA the layer's output moves by B ΔA x, so the rows of ΔA should lie where C_task is large
-and C_pre is small:
+C_task. Starting where A0 x ≈ 0 on the base model's text (the null-space start), the layer's output moves
+there by B ΔA x, so the rows of ΔA should lie where C_task is large and C_pre is small:
 
     forgetting penalty   R(ΔA) = Tr(ΔA H ΔAᵀ),  H = C_pre + τI              (Eq. 6)
     task utility         U(ΔA) = Tr(ΔA C_task ΔAᵀ)
     their trade-off      C_task v = γ H v,      VᵀHV = I, VᵀC_task V = diag(γ)   (Eq. 17)
 
 γ is a direction's utility per unit of penalty. Adam runs in the coordinates V, and each coordinate's *step*
-is multiplied by the gate γ/(γ + λ) (Eq. 22), so that cheap, useful directions move freely and costly ones
-hardly. At the end stand the methods that FoLoRA is compared with, and ours, `folora-kl`: it starts in the
-leading directions and puts a penalty on ΔW into the loss instead of gating the steps.
+is multiplied by the gate γ/(γ + λ), at least s_min (Eq. 22), so that cheap, useful directions move freely and
+costly ones little. At the end stand the methods that FoLoRA is compared with, and ours, `folora-kl`: it
+starts in the leading directions and puts a penalty on ΔW into the loss instead of gating the steps.
 
 Units: one scalar a layer, tr(C_pre)/d_in, divides both moments (`normalise`). γ does not change; τ and the
 learning rate become free of the activations' units, and λ = 1 is the break-even: a direction as active on

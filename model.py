@@ -1,4 +1,4 @@
-"""GPT in one file, LoRA by hand, and the two functions that write and read every file of this project.
+"""GPT in one file, LoRA by hand, and the two functions that write and read every checkpoint.
 
 The transformer is GPT-2's (pre-norm, learned positions, tied embeddings), with its parameter names, so that
 its weights fit. Nothing here knows about FoLoRA: `add_lora` replaces chosen linear layers by
@@ -406,8 +406,8 @@ def read_gpt2(source):
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Machine and files: the one place where device and precision are chosen,
-# one function that writes, one that reads.
+# Machine and files: the one place where device and precision are chosen; one function that writes
+# checkpoints, one that reads them.
 
 def pick_device():
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,9 +1,10 @@
 """The experiments' text: what the foundation is trained on, what it is then taught, what it must keep.
 
-Everything is made here or ships with Python, so that nothing is downloaded. The pretraining mixture has
-English prose (the language reference in `pydoc_data.topics`), Python source (the standard library), facts
-about invented people, and elementary skills. A target task *composes* those skills behind an instruction
-template that the foundation has never seen, as fine-tuning does in life. Nothing here knows about models.
+Everything is made here or ships with Python, so that nothing is downloaded, unless GPT-2's tokens are asked
+for. The pretraining mixture has English prose (the language reference in `pydoc_data.topics`), Python source
+(the standard library), facts about invented people, and elementary skills. A target task *composes* those
+skills behind an instruction template that the foundation has never seen, as fine-tuning does in life. Nothing
+here knows about models.
 
     pretraining   upper stone: STONE            Question: Where does Lunar Bavor live?\nAnswer: Oslo
     math          Rosa has 4 boxes of 2 pens and gets 1 more. How many pens?  ->  4 * 2 = 8. 8 + 1 = 9. #### 9
