@@ -673,15 +673,28 @@ def size_control(study, task):
     return kept(study.folder(task) / "rescaled.json", identity, make)["scores"]
 
 
+def in_words(method):
+    """Start, steps and what else a method has, by the names of its functions."""
+    said = [method.start.__name__ if method.start else "full weights",
+            method.steps.__name__ if method.steps else "adam",
+            method.penalty and f"{method.penalty.__name__} penalty", method.replay and "replay",
+            not method.train_A and "A frozen"]
+    return ", ".join(part.removesuffix("_start").replace("_", " ") for part in said if part)
+
+
 def ablations(study):
     """Retention at the level, a table a group."""
     said = []
     for title, group in ABLATIONS.items():
-        rows = [[name, *(interval(matched(study, task, *variant)) for task in study.tasks)]
+        rows = [[name, in_words(METHODS[variant[0]]),
+                 *(interval(matched(study, task, *variant)) for task in study.tasks)]
                 for name, variant in group.items()]
-        rows = [row for row in rows if set(row[1:]) != {"-"}]
+        rows = [row for row in rows if set(row[2:]) != {"-"}]
+        head = [title, "start, steps", *levels(study)]
+        if len({row[1] for row in rows}) == 1:  # one method with other options
+            head, *rows = [[row[0], *row[2:]] for row in (head, *rows)]
         if len(rows) > 1:
-            said.append(markdown([title, *levels(study)], rows))
+            said.append(markdown(head, rows))
     for task in study.tasks:
         if (study.folder(task) / "rescaled.json").exists():
             rows = [[method, f"{x['factor']:.2f}", f"{x['Avg2']:.1f}", f"{x['Avg1']:.1f}"]
