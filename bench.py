@@ -106,8 +106,8 @@ METHODS |= {
 
 LEVEL = 0.8                              # of the best target score at LoRA's first rates
 SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
-COMPARED = ("folora-kl", "lora-kl", "folora", "folora-top", "replay", "full", "lora", "lora-null", "corda",
-            "sc-lora", "milora", "pissa", "oplora", "lora-null-v2")
+COMPARED = ("folora-full", "folora-kl", "lora-kl", "folora", "folora-top", "replay", "full", "lora",
+            "lora-null", "corda", "sc-lora", "milora", "pissa", "oplora", "lora-null-v2")
 QUICK = ("lora", "lora-null", "replay", "folora", "folora-kl")
 FIRST_RATE = {"full": -6, "folora-full": -6, "pissa": 0, "sc-lora": 0, "lora-null": 2, "corda": 2,
               "milora": 2, "oplora": 2, "folora-top": 2, "replay": 6, "lora-null-v2": 8, "null-frozen": 8,
@@ -124,7 +124,7 @@ ABLATIONS = {
         "folora", "null-adam", "null-ungated", "null-evenly", "null-penalty", "null-utility", "folora-half")},
     "start": {name: (name, ()) for name in (
         "folora", "folora-top", "between", "kaiming-sadam", "top-adam", "null-frozen", "top-frozen")},
-    "replay, full weights": {name: (name, ()) for name in ("folora-replay", "folora-full")},
+    "replay": {name: (name, ()) for name in ("folora", "folora-replay")},
     "strength": {f"folora, {option} {value}": ("folora", (f"--{option}", value)) for option, value in (
         ("lam", "0.3"), ("lam", "3"), ("lam", "10"), ("s-min", "0"), ("s-min", "0.1"), ("s-min", "0.6"),
         ("tau", "0.001"), ("tau", "0.1"), ("tau", "1"))},
@@ -732,10 +732,10 @@ def report(args, chosen):
             print(f"{path} written")
 
 
-# Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, and a marker for each method besides.
-LOOKS = {"folora-kl": ("#D55E00", "P"), "lora-kl": ("#56B4E9", "v"), "folora-top": ("#009E73", "s"),
-         "folora": ("#0072B2", "o"), "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"),
-         "lora": ("#000000", "X")}
+# Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, and wine; a marker for each besides.
+LOOKS = {"folora-full": ("#882255", "*"), "folora-kl": ("#D55E00", "P"), "lora-kl": ("#56B4E9", "v"),
+         "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"), "replay": ("#E69F00", "^"),
+         "full": ("#CC79A7", "D"), "lora": ("#000000", "X")}
 OTHERS = ("#AAAAAA", ".")
 
 
@@ -823,7 +823,8 @@ def picture_skills(study, plt):
         for i, (name, (colour, runs)) in enumerate(bars.items()):
             values = [average(s["Avg2"] if kind == "target" else s["kept"][kind]["score"] for s in runs)
                       for kind in ("target", *start["kept"]) if runs]
-            ax.bar([x + (i - 3.5) * 0.11 for x in range(len(values))], values, 0.1, color=colour, label=name)
+            ax.bar([x + (i - len(LOOKS) / 2) * 0.1 for x in range(len(values))], values, 0.09, color=colour,
+                   label=name)
         ax.set_xticks(range(1 + len(start["kept"])), ["target", *start["kept"]], rotation=30)
     return panels(plt, study.tasks, "% right", draw)
 
@@ -849,7 +850,7 @@ def picture_training(study, plt):
 CORPORA = ("novels", "factbook", "peps", "algorithms")  # .txt.gz, as wikitext2_test; <|endoftext|> in between
 ROWS = ("trivia", "webquestions_test", "gsm8k_train", "gsm8k_test", "instruct", "mbpp")  # .jsonl
 KNOWN, REPEATED = 1000, 100  # trivia questions that the foundation sees often, so that it has some to forget
-REAL = {"methods": ("lora", "lora-null", "folora", "folora-kl"),
+REAL = {"methods": ("lora", "lora-null", "folora", "folora-kl", "folora-full"),
         "pretrain": "--encoding gpt2 --context 256 --layers 6 --heads 4 --width 256 --batch 8 --steps 1000",
         "calibrate": "--skip-bad --samples 1000 --fisher-samples 250 --min-unique 0.12 --fours-from 256 "
                      "--min-new 128",
