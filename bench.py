@@ -759,7 +759,8 @@ def panels(plt, titles, ylabel, draw):
         draw(ax, title)
     axes[0][0].set_ylabel(ylabel)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=max(1, len(labels)))
+    figure.legend(handles, labels, loc="lower center", ncol=max(1, len(labels)), columnspacing=1,
+                  handlelength=1.5, handletextpad=0.4)
     figure.tight_layout(rect=(0, 0.08, 1, 1))
     return figure
 
