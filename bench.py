@@ -992,6 +992,16 @@ def activations(model, x, y):
     return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
+def memory_of(step, model, optimizer):
+    """Bytes that a training step needs, the second one, for which the moments are there: the peak on a GPU,
+    without activations on a CPU."""
+    for _ in range(2):
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        step()
+    return train.cost(model, optimizer)["bytes"]
+
+
 def sadam_share(config, rank, x, y, passes, repeats):
     """[by how many percent SAdam's step lengthens a step of plain LoRA with so many passes over the batch, by
     how many it raises the memory of training], with bases in float32; then both for bases in bfloat16.
@@ -1012,12 +1022,7 @@ def sadam_share(config, rank, x, y, passes, repeats):
 
     def held(kind):
         sadam = optimizer(kind)
-        for _ in range(2):  # from the second step on the moments are there
-            if x.is_cuda:
-                torch.cuda.reset_peak_memory_stats()
-            backward()
-            sadam.step()
-        return train.cost(model, sadam)["bytes"] + kept
+        return kept + memory_of(lambda: (backward(), sadam.step()), model, sadam)
 
     memory = {kind: held(kind) for kind in ("plain", "float32", "bfloat16")}
     with train.tf32(x.device):  # as `fit` does
@@ -1286,10 +1291,7 @@ def quantities(repeats, width, depth, rank, samples):
     (model, spectral), batch = adapting(config, rank), random_batch(config, 16)
     sadam = SAdam(lora_parameters(model).values(), spectral, lr=1e-6)
     training = steps_of(model, [sadam], lambda step: batch, 1)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    training()
-    size = train.cost(model, sadam)["bytes"]
+    size = memory_of(training, model, sadam)
     plain, problem = GPT(config).to(pick_device()).eval(), eigenproblem(4 * width)
     rows = torch.randint(257, (samples, 64)).tolist()
     found = interleaved(repeats, **{

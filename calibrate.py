@@ -132,22 +132,24 @@ def second_moments(model, rows, batch=64, sums_on=None, gradients=False):
             moments[name].add(t, mask)
 
     rows = own_share(sorted(rows, key=len))  # rows of like length together: less padding
+    if not gradients:
+        rows = [[*row, 0] for row in rows]  # a target behind the last token too, so that it is an input
     with watching(layers, see, outputs=gradients), torch.set_grad_enabled(gradients):
         for first in range(0, len(rows), batch):
-            x, y = (t.to(device) for t in response_batch(
-                [(row if gradients else [*row, 0], 1) for row in rows[first:first + batch]]))
+            x, y = (t.to(device) for t in response_batch([(row, 1) for row in rows[first:first + batch]]))
             mask = y != -100
             h = model.features(x)
             if gradients:
                 loss = F.cross_entropy(model.lm_head(h)[mask], y[mask], reduction="sum")
                 torch.autograd.grad(loss, first_input)  # which δ reaches through every layer
+    means = {}
     for name, moment in moments.items():
         add_up([moment.total, moment.tokens])
         try:
-            moments[name] = moment.mean()
+            means[name] = moment.mean()
         except ValueError as error:
             raise ValueError(f"{name}: {error}")
-    return moments
+    return means
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -78,7 +78,7 @@ def likelihood(model, items, batch=16):
 def bits_per_byte(model, kind, split, most):
     """Mean cross-entropy on `most` held-out rows, in bits per byte."""
     encoding = tasks.encoding_called(model.config.encoding)
-    rows = tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1)[:most]
+    rows = tasks.held_out_rows(kind, split, encoding, model.config.block_size + 1, most)
     if not rows:
         raise ValueError(f"{kind} is too short for a row of {model.config.block_size} tokens")
     nats, size = 0, sum(len(encoding.decode_bytes(row[1:])) for row in rows)

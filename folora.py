@@ -234,8 +234,9 @@ class SAdam(torch.optim.Optimizer):
         self.stacks = []
         for group in self.param_groups:
             alike = {}
-            for p in filter(spectral.__contains__, group["params"]):
-                alike.setdefault((p.shape, p.dtype, p.device, spectral[p][0].shape), []).append(p)
+            for p in group["params"]:
+                if p in spectral:
+                    alike.setdefault((p.shape, p.dtype, p.device, spectral[p][0].shape), []).append(p)
             for same in alike.values():
                 V = torch.stack([spectral[p][0].to(p.device, held_in or p.dtype) for p in same])
                 self.stacks.append((same, V, torch.stack([spectral[p][1].to(p) for p in same])[:, None]))
@@ -391,12 +392,12 @@ METHODS = {
     "replay": Method(replay=0.25),
     "folora": Method(null_space_start, sadam),
     "folora-top": Method(leading_start, sadam),
-    "folora-kl": Method(leading_start, penalty=fisher),              # ours: the penalty itself, in the loss
+    "folora-kl": Method(leading_start, penalty=fisher),        # ours: the penalty itself, in the loss
     "lora-kl": Method(penalty=fisher),
     "folora-replay": Method(null_space_start, sadam, replay=0.25),
     "folora-kl-replay": Method(leading_start, penalty=fisher, replay=0.25),
     "folora-full": Method(None, sadam),                        # App. D
-    "folora-half": Method(null_space_start, truncated),              # App. D
+    "folora-half": Method(null_space_start, truncated),        # App. D
 }
 
 

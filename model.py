@@ -64,11 +64,11 @@ class KVCache:
 
     def update(self, layer, k, v, pos):
         """Write k, v (B, nh, T, hs) at positions pos (B, T); return keys and values, (B, nh, used, hs)."""
+        rows = None if self.level else torch.arange(len(pos), device=pos.device)[:, None]
         for kept, new in (self.keys[layer], k), (self.values[layer], v):
             if self.level:
                 kept[:, :, self.used - k.shape[2]:self.used] = new
             else:
-                rows = torch.arange(len(pos), device=pos.device)[:, None]
                 kept.transpose(1, 2)[rows, pos] = new.transpose(1, 2)
         return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
 
@@ -78,7 +78,8 @@ def causal_attention(q, k, v):
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     # the CPU's fused kernel takes three times as long in bf16, most of it backwards. By hand: some queries at
-    # a time, so that most of what they cannot see is not computed
+    # a time, so that most of what they cannot see is not computed. ([0] is that range, too, but a range of a
+    # compiled T would compile the block anew for each T)
     out, (T, hs) = [], q.shape[-2:]
     for first in range(0, T, 256) if T > 256 else [0]:
         last = min(first + 256, T)

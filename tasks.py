@@ -347,7 +347,9 @@ def run_arithmetic(source, x=0):
             raise ValueError
         return value
     try:
-        body = ast.parse(source.strip(), mode="eval").body if len(source) <= 200 else None
+        if len(source) > 200:
+            return None
+        body = ast.parse(source.strip(), mode="eval").body
         if isinstance(body, ast.Lambda) and ast.unparse(body.args) == "x":
             body = body.body
         return walk(body)
@@ -494,7 +496,7 @@ def kept_items(kind, split, count=200):
 
 
 @functools.cache
-def held_out_rows(kind, split, encoding, length):
+def held_out_rows(kind, split, encoding, length, most=256):
     """Rows of `length` tokens of held-out prose or source, or of a .txt file, for bits per byte, every second
     one for "valid".
 
@@ -506,4 +508,4 @@ def held_out_rows(kind, split, encoding, length):
         if start >= end:
             end = start + length - 1
             rows.append([encoding.eot_token] + chunks.tokens[start:end].tolist())
-    return rows[split == "test"::2]
+    return rows[split == "test"::2][:most]

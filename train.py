@@ -131,25 +131,24 @@ def gradients(model, x, y, penalty, parts=1):
 
 def fit(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0, after=None,
         penalty=lambda: 0, parts=1):
-    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns each step's
-    loss in nats, with the penalty.
+    """Run settings["steps"] steps of batch(step) -> (x, y), each (B, T) on the CPU; returns each step's loss
+    in nats, to which penalty() is added; after(steps done) is called at each step.
 
     Batches depend on the step alone, so what `partial` holds (parameters, moments, step, losses) goes on
     exactly where an interrupted run of the same settings was saved (on a GPU to rounding, which its attention
-    does not repeat): every SAVE_EVERY seconds and at Ctrl-C, unless it is None. penalty() is added to the
-    loss; after(steps done) is called at each step.
+    does not repeat): every SAVE_EVERY seconds and at Ctrl-C, unless it is None.
     """
     device, steps = next(model.parameters()).device, settings["steps"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    peak = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     first, losses = resume(partial, settings, trained, optimizers)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]  # resume makes new ones
     began, saved, tokens, said = time.time(), time.time(), 0, first
     with ctrl_c_noted() as stop, tf32(device):
         for step in range(first, steps):
             factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
-            for optimizer, rates in zip(optimizers, peak):
-                for group, rate in zip(optimizer.param_groups, rates):
-                    group["lr"] = rate * factor
+            for group, rate in zip(groups, peak):
+                group["lr"] = rate * factor
             x, y = (t.to(device) for t in batch(step))
             model.zero_grad(set_to_none=True)
             losses.append(gradients(model, x, y, penalty, parts))
