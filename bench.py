@@ -41,7 +41,7 @@ from folora import (METHODS, Method, SAdam, SecondMoment, check_rank, damped, fi
                     generalized_eigh, kaiming_start, leading_start, method_called, null_space_start,
                     projection_start, sadam, solve_layer, spectral_gate, whiten)
 from model import (GPT, GPTConfig, add_lora, autocast, block_linears, generate, load, lora_parameters,
-                   pick_device, write_whole)
+                   pick_device, processes, write_whole)
 from train import load_adapter, load_foundation
 
 # ------------------------------------------------------------------------------------------------------------
@@ -106,12 +106,14 @@ METHODS |= {
 
 LEVEL = 0.8                              # of the best target score at LoRA's first rates
 SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
-COMPARED = ("folora-full", "folora-kl", "lora-kl", "folora", "folora-top", "replay", "full", "lora",
-            "lora-null", "corda", "sc-lora", "milora", "pissa", "oplora", "lora-null-v2")
+FINALISTS = ("folora-full", "folora-kl", "lora-kl", "folora", "folora-top", "folora-replay", "replay",
+             "full")                     # these get the second seeds as well
+COMPARED = (*FINALISTS, "folora-half", "lora", "lora-null", "corda", "sc-lora", "milora", "pissa", "oplora",
+            "lora-null-v2")
 QUICK = ("lora", "lora-null", "replay", "folora", "folora-kl")
 FIRST_RATE = {"full": -6, "folora-full": -6, "pissa": 0, "sc-lora": 0, "lora-null": 2, "corda": 2,
-              "milora": 2, "oplora": 2, "folora-top": 2, "replay": 6, "lora-null-v2": 8, "null-frozen": 8,
-              "top-frozen": 8}           # of a sweep, as an index (see `rate`); 4 for the others
+              "milora": 2, "oplora": 2, "folora-top": 2, "replay": 6, "folora-replay": 6, "lora-null-v2": 8,
+              "null-frozen": 8, "top-frozen": 8}  # of a sweep, as an index (see `rate`); 4 for the others
 ITEMS, TEXT = 100, 8192                  # of each kind; tokens of held-out text
 
 # {group: {name: (method, options of train.py adapt)}}
@@ -124,14 +126,13 @@ ABLATIONS = {
         "folora", "null-adam", "null-ungated", "null-evenly", "null-penalty", "null-utility", "folora-half")},
     "start": {name: (name, ()) for name in (
         "folora", "folora-top", "between", "kaiming-sadam", "top-adam", "null-frozen", "top-frozen")},
-    "replay": {name: (name, ()) for name in ("folora", "folora-replay")},
     "strength": {f"folora, {option} {value}": ("folora", (f"--{option}", value)) for option, value in (
         ("lam", "0.3"), ("lam", "3"), ("lam", "10"), ("s-min", "0"), ("s-min", "0.1"), ("s-min", "0.6"),
         ("tau", "0.001"), ("tau", "0.1"), ("tau", "1"))},
     "calibration": {f"folora-kl, {name}": ("folora-kl", ("--calibration", f"calibration-{name}"))
                     for name in ("mixture", "prose", "facts", "small", "16", "128", "500")},
     "bases": {"folora": ("folora", ()), "folora, in bfloat16": ("folora", ("--basis", "bfloat16"))},
-    "twice the steps": {f"{name}, 400 steps": (name, ("--steps", "400")) for name in QUICK},
+    "twice the steps": {f"{name}, 400 steps": (name, ("--steps", "400")) for name in COMPARED},
 }
 ABLATION_SEEDS = (1, 2, 3)
 CALIBRATIONS = {"mixture": ("mixture", ""), "prose": ("prose", ""), "facts": ("facts", ""),
@@ -151,7 +152,7 @@ class Study:
     def __init__(self, args, chosen):
         self.out, self.tasks, self.device = pathlib.Path(args.out), chosen, pick_device()
         self.adapt, self.keep = shlex.split(args.adapt), args.keep  # options for every run; files
-        self.skip_bad = "--skip-bad" in self.adapt
+        self.skip_bad = args.skip_bad
         self.methods = args.methods or (QUICK if args.quick else COMPARED)
         self.base, foundation = load_foundation(args.out, self.device)
         self.C_pre = load(self.out / "proxy.pt", "proxy", f"python calibrate.py --out {args.out}")["C_pre"]
@@ -356,15 +357,6 @@ def snapshot_runs(study, task):
     return [(task, method, k, 1, ("--snapshots", "10")) for method, k in rates.items() if k is not None]
 
 
-def finalists(study):
-    """FoLoRA and the three best others: highest mean retention at the level, seed 0."""
-    def mean(method):
-        retained = [at_level(study, task, sweep(study, task, method)[1], "valid") for task in study.tasks]
-        return average(value or 0 for value in retained)
-    others = sorted((m for m in study.methods if m != "folora"), key=mean)[-3:]
-    return [*(m for m in study.methods if m == "folora"), *others]
-
-
 def missing_runs(study, ablate, quick):
     """The runs to do, the most telling ones first. What follows from a sweep is known when it is finished."""
     variants = dict.fromkeys(variant for group in ABLATIONS.values() for variant in group.values())
@@ -375,9 +367,8 @@ def missing_runs(study, ablate, quick):
     if ablate:
         more = [(method, other, seed) for seed in ABLATION_SEEDS for method, other in variants]
     else:
-        more = [] if quick else [(method, (), seed) for method in methods for seed in SEEDS]
-        if more and not runs:
-            more += [(method, (), seed) for method in finalists(study) for seed in FINAL_SEEDS]
+        rounds = [(SEEDS, methods), (FINAL_SEEDS, [m for m in methods if m in FINALISTS])]
+        more = [(m, (), seed) for numbers, those in rounds for m in those for seed in numbers if not quick]
     for method, other, seed in more:
         for task in study.tasks:
             runs += seed_runs(study, task, method, seed, other)[0]
@@ -446,12 +437,12 @@ def calibrate_on(source, options):
 def compare(args, chosen):
     """Make what the comparison needs, then let workers do its runs."""
     out = ["--out", args.out]
-    adapt = train.parser().parse_args(["adapt", *shlex.split(args.adapt)])  # what is wrong is said at once
+    train.parser().parse_args(["adapt", *shlex.split(args.adapt)])  # what is wrong is said at once
     calibrate.parser().parse_args(shlex.split(args.calibrate))
     for method in args.methods or ():
         method_called(method)
     for task in chosen:
-        items_of(task, "valid", 1, None, args.keep, adapt.skip_bad)
+        items_of(task, "valid", 1, None, args.keep, args.skip_bad)
     train.main(["pretrain", *out, *shlex.split(args.pretrain)])
     if args.ablate:
         train.main(["pretrain", *shlex.split(f"{args.pretrain} {SMALL}"), "--out", f"{args.out}/small"])
@@ -481,7 +472,7 @@ def compare(args, chosen):
         for task in chosen:
             size_control(study, task)
     elif not args.texts:
-        step_times(study, study.methods)
+        step_times(study)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -601,33 +592,40 @@ def kept_at_level(study, task, share):
     return markdown([f"{pathlib.Path(task).stem}, at {at}", *measures], rows)
 
 
-def step_times(study, methods, rounds=9, steps=4):
-    """{method: its steps' time over plain LoRA's in the same round, a ratio for each of `rounds`}.
+def step_times(study, rounds=9, steps=4):
+    """Keep {method: its steps' time over plain LoRA's in the same round, a ratio for each of `rounds`}.
     All methods run in turn, so that what else the machine does slows all alike; the first round warms up."""
     def make():
         runs = {}
-        for method in methods:
+        for method in dict.fromkeys((*study.methods, "lora")):
             args = study.args((study.tasks[0], method, 4, 0, ("--steps", str(steps))))
             model, foundation = load_foundation(args.out, study.device)
             how = METHODS[method]
             calibration = train.load_calibration(args, model, foundation) if how.calibrated else None
-            items = tasks.task_items(args.task, "train", args.examples)
+            items = tasks.task_items(args.task, "train", args.examples, skip_bad=study.skip_bad)
             optimizer, batch, penalty = train.ready(args, model, how, calibration, items)
             runs[method] = steps_of(model, [optimizer], batch, steps, penalty)
         found = interleaved(rounds, **runs)
-        return {"ratios": {method: ratio(found, method, "lora") for method in methods}}
+        return {"ratios": {method: ratio(found, method, "lora") for method in study.methods}}
 
+    kept(*timed(study), make)
+
+
+def timed(study):
+    """(the file of `step_times`, what it was made for)."""
     task = study.tasks[0]
-    return kept(study.folder(task) / "step_times.json", study.identity[task], make)["ratios"]
+    return study.folder(task) / "step_times.json", {**study.identity[task], "methods": list(study.methods)}
 
 
 def times(study):
-    """One row a method: median and range of `step_times`."""
-    if not (study.folder(study.tasks[0]) / "step_times.json").exists():
+    """One row a method: median and range of `step_times`, if that has been run."""
+    found = on_disk(*timed(study))
+    if not found:
         return ""
-    rows = [[method, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
-            for method, found in step_times(study, study.methods).items()]
-    return markdown([f"{study.tasks[0]}: time of a step over LoRA's", "median", "range"], rows)
+    rows = [[method, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
+            for method, ratios in found["ratios"].items()]
+    task = pathlib.Path(study.tasks[0]).stem
+    return markdown([f"{task}: time of a step over LoRA's", "median", "range"], rows)
 
 
 def explanations(study):
@@ -853,9 +851,9 @@ ROWS = ("trivia", "webquestions_test", "gsm8k_train", "gsm8k_test", "instruct", 
 KNOWN, REPEATED = 1000, 100  # trivia questions that the foundation sees often, so that it has some to forget
 REAL = {"methods": ("lora", "lora-null", "folora", "folora-kl", "folora-full"),
         "pretrain": "--encoding gpt2 --context 256 --layers 6 --heads 4 --width 256 --batch 8 --steps 1000",
-        "calibrate": "--skip-bad --samples 1000 --fisher-samples 250 --min-unique 0.12 --fours-from 256 "
+        "calibrate": "--samples 1000 --fisher-samples 250 --min-unique 0.12 --fours-from 256 "
                      "--min-new 128",
-        "adapt": "--skip-bad --batch 8 --steps 120"}
+        "adapt": "--batch 8 --steps 120"}
 
 
 def write_texts(source, folder):
@@ -893,7 +891,7 @@ def on_texts(args):
     write_texts(pathlib.Path(args.texts), folder)
     args.tasks = args.tasks or [str(path) for path in sorted(folder.glob("*.jsonl"))]
     args.keep = [str(path) for path in sorted(folder.glob("keep/*"))]
-    args.methods, args.quick = args.methods or REAL["methods"], True
+    args.methods, args.quick, args.skip_bad = args.methods or REAL["methods"], True, True
     corpora = shlex.join(str(path) for path in sorted(folder.glob("train/*")))
     args.pretrain = f"{REAL['pretrain']} --data {corpora} {args.pretrain}"
     for stage in "calibrate", "adapt":
@@ -901,6 +899,8 @@ def on_texts(args):
 
 
 def main(args):
+    if processes()[1] > 1:
+        raise ValueError("the comparison starts its own processes; run it without torchrun")
     if args.texts:
         on_texts(args)
     if args.skip_bad:

@@ -634,9 +634,9 @@ def load(path, kind, made_by):
         raise ValueError(f"{path} is missing; make it with: {made_by}")
     with reading(path, f"delete it and make it again with: {made_by}"):
         with open(path, "rb") as f:
-            f.seek(-54, os.SEEK_END)
-            end = f.read()  # what ends a zip archive, 22 bytes, and the digest; older files have none
-        if end[32:36] != b"PK\5\6" and (end[:4] != b"PK\5\6" or end[22:] != digest(path, -32)):
+            f.seek(-32, os.SEEK_END)
+            expected = f.read()
+        if digest(path, -32) != expected:
             raise ValueError("its checksum does not fit: it is damaged")
         content = unpacked(path)
         if not isinstance(content, dict) or content.get("kind") != kind:

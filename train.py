@@ -14,6 +14,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import dataclass
 
 import torch
 from torch.nn import functional as F
@@ -458,7 +459,7 @@ def train_adapter(args, settings, path, model, *given):
 
     losses = fit(model, [optimizer], batch, settings, path.with_suffix(".partial"), after=snapshot,
                  penalty=penalty, parts=args.accumulate)
-    return {"changed": changed(), "losses": losses, "cost": cost(model, optimizer)}
+    return {"changed": changed(), "losses": losses, "cost": cost(model, optimizer, penalty.layers)}
 
 
 def ready(args, model, method, calibration, items):
@@ -467,17 +468,25 @@ def ready(args, model, method, calibration, items):
     spectral = prepare(compiled(model, args.compile), method, calibration, args)
     optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
                       held_in=getattr(torch, args.basis))
-    return (optimizer, batch,
-            penalty_of(model, calibration, method, args.mu) if method.penalty else lambda: 0)
+    return optimizer, batch, penalty_of(model, calibration, method, args.mu)
+
+
+@dataclass
+class Penalty:
+    """() -> μ times about how many nats per token the adapters move the model on its own samples."""
+    mu: float
+    layers: list  # of (adapter, S, C_pre); empty for a method without a penalty
+
+    def __call__(self):
+        return self.mu * sum(two_sided_penalty(*layer.change(), S, C) for layer, S, C in self.layers)
 
 
 def penalty_of(model, calibration, method, mu):
-    """() -> μ times about how many nats per token the adapters move the model on its own samples."""
     layers = []
-    for name, layer in block_linears(model, LoRALinear).items():
+    for name, layer in block_linears(model, LoRALinear).items() if method.penalty else ():
         m = {key: t.to(layer.weight) for key, t in calibration["layers"][name].items()}
         layers.append((layer, method.penalty(m["S_pre"]), m["C_pre"]))
-    return lambda: mu * sum(two_sided_penalty(*layer.change(), S, C) for layer, S, C in layers)
+    return Penalty(mu, layers)
 
 
 def batches(args, items, method, calibration, config):
@@ -497,12 +506,12 @@ def batches(args, items, method, calibration, config):
     return batch
 
 
-def cost(model, optimizer):
+def cost(model, optimizer, penalised=()):
     """What a run needed: trained parameters, and bytes of all that training holds (weights, gradients,
-    moments, bases; no activations) or, on a GPU, the peak of everything."""
+    moments, bases, a penalty's S and C_pre; no activations) or, on a GPU, the peak of everything."""
     trained = [p for p in model.parameters() if p.requires_grad]
     held = [*model.parameters(), *model.buffers(), *trained,
-            *(t for _, *pair in optimizer.stacks for t in pair),
+            *(t for _, *pair in [*optimizer.stacks, *penalised] for t in pair),
             *(t for state in optimizer.state.values() for t in state.values() if torch.is_tensor(t))]
     return {"trained": sum(p.numel() for p in trained),
             "bytes": (torch.cuda.max_memory_allocated() if torch.cuda.is_available()

@@ -103,9 +103,7 @@ def test_nothing_is_asked_of_other_methods_beyond_their_first_rates_before_lora_
 
 
 def test_whole_plan_ends_and_every_finalist_has_five_seeds():
-    """The finalists are FoLoRA and the three others that keep most."""
-    best = {"folora": 12, "folora-top": 13, "replay": 10, "corda": 9}
-    study = Imagined(logistic(6, 1, 100), lambda run: 100 - logistic(best.get(run[1], 7), 1, 100)(run))
+    study = Imagined(logistic(6, 1, 100), lambda run: 100 - logistic(7, 1, 100)(run))
     while runs := bench.missing_runs(study, ablate=False, quick=False):
         for run in runs:
             study.do(run)
@@ -114,7 +112,7 @@ def test_whole_plan_ends_and_every_finalist_has_five_seeds():
         if not other:
             seeds[method].add(seed)
     assert set(seeds) == set(bench.COMPARED)
-    assert {m for m in seeds if seeds[m] == {0, 1, 2, 3, 4, 5}} == {"folora", "folora-top", "replay", "corda"}
+    assert {m for m in seeds if seeds[m] == {0, 1, 2, 3, 4, 5}} == set(bench.FINALISTS)
     assert all({0, 1, 2, 3} <= seeds[m] for m in seeds)
     assert sum(run[4] == ("--snapshots", "10") for run in study.finished) == 3
 
@@ -208,6 +206,20 @@ def test_size_and_drift_are_those_of_the_weights(out):
     result = study.result(run)
     assert result["size"] == pytest.approx(size.sqrt().item(), rel=1e-4)
     assert result["drift"] == pytest.approx(100 * (moved / whole).sqrt().item(), rel=1e-4)
+
+
+def test_one_method_on_a_file_with_a_bad_row(out, tmp_path, capfd):
+    """LoRA sets the level and the unit of time without being compared itself."""
+    path = tmp_path / "own.jsonl"
+    rows = [json.dumps({"prompt": f"say {i}:", "completion": f" {i}"}) for i in range(40)]
+    path.write_text("\n".join([*rows[:5], "{", *rows[5:]]))
+    evaluation.main(["--compare", "--quick", "--tasks", str(path), "--skip-bad", "--methods", "folora",
+                     "--workers", "2", "--pretrain", PRETRAIN, "--calibrate", CALIBRATE, "--adapt", ADAPT,
+                     "--out", str(out)])
+    said = capfd.readouterr().out
+    table = said[said.index("| own: time of a step over LoRA's"):].splitlines()
+    assert [line.split()[1] for line in table[2:4] if line] == ["folora"]
+    assert "own.jsonl: 1 bad rows left out" in said
 
 
 def test_report_says_what_is_missing(tmp_path, out):

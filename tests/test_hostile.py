@@ -116,19 +116,8 @@ def flipped(content, bit):
     return bytes(changed)
 
 
-def test_a_checkpoint_without_a_digest_still_loads(tmp_path):
-    """As older versions wrote it."""
-    assert refused_or_right(tmp_path / "x.pt", whole()[:-32]) == "loaded"
-    torch.save(CONTENT, tmp_path / "x.pt")
-    assert same(load(tmp_path / "x.pt", "adapter", ""))
-
-
-def test_a_damaged_older_file_is_found_by_the_archives_own_checksums(tmp_path):
-    """In a tensor's values. (Without a digest some flips in the archive's own directory stay unnoticed.)"""
-    old = whole()[:-32]
-    start = old.index(CONTENT["t"].numpy().tobytes())
-    for bit in range(8 * start, 8 * (start + 20), 7):
-        assert refused_or_right(tmp_path / "x.pt", flipped(old, bit)) == "refused"
+def test_a_checkpoint_without_its_digest_is_refused(tmp_path):
+    assert refused_or_right(tmp_path / "x.pt", whole()[:-32]) == "refused"
 
 
 def test_a_list_that_holds_itself_is_read_once(tmp_path):

@@ -215,7 +215,7 @@ def test_penalty_is_measured_on_the_samples_themselves(out, method):
 
 
 def test_penalty_enters_the_loss(out, tmp_path):
-    """With μ = 0 the run is plain LoRA's, with a large μ less moves."""
+    """With μ = 0 the run is plain LoRA's, with a large μ less moves; each layer's S and C_pre are counted."""
     copy, learnt = tmp_path / "copy", {}
     subprocess.run(["cp", "-r", out, copy], check=True)
     for options in "lora", "lora-kl --mu 0", "lora-kl --mu 1000":
@@ -224,6 +224,9 @@ def test_penalty_enters_the_loss(out, tmp_path):
     assert learnt["lora"]["losses"] == learnt["lora-kl --mu 0"]["losses"]
     assert learnt["lora"]["losses"][0] == learnt["lora-kl --mu 1000"]["losses"][0]
     assert learnt["lora"]["losses"][1:] != learnt["lora-kl --mu 1000"]["losses"][1:]
+    layers = model_module.block_linears(train.load_foundation(copy, "cpu")[0]).values()
+    more = learnt["lora-kl --mu 0"]["cost"]["bytes"] - learnt["lora"]["cost"]["bytes"]
+    assert more == 4 * sum(d * d for layer in layers for d in layer.weight.shape)
 
 
 @pytest.mark.parametrize("method, share", [("lora", 0), ("replay", 0.25), ("folora-replay", 0.25)])
