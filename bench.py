@@ -39,7 +39,7 @@ import train
 from eval import evaluate, items_of, kept, markdown, on_disk, text_files, write_json
 from folora import (METHODS, Method, SAdam, SecondMoment, check_rank, damped, fisher, forgetting_penalty,
                     generalized_eigh, kaiming_start, leading_start, method_called, null_space_start,
-                    projection_start, sadam, solve_layer, spectral_gate, whiten)
+                    projection_start, sadam, solve_layer, spectral_gate, truncated, whiten)
 from model import (GPT, GPTConfig, add_lora, autocast, block_linears, generate, load, lora_parameters,
                    pick_device, processes, write_whole)
 from train import load_adapter, load_foundation
@@ -70,6 +70,11 @@ def utility_alone(m, lam, s_min):
     return basis, spectral_gate(eigvals, lam, s_min)
 
 
+def own_coordinates(m, lam, s_min):
+    """Neither basis nor gate: Adam."""
+    return torch.eye(len(m["eigvals"])).to(m["basis"]), torch.ones_like(m["eigvals"])
+
+
 def between(W0, C_pre, basis, r, scale, **_):
     """Half of the rank in the null-space start's directions, half in the leading ones."""
     check_rank(r, W0)
@@ -97,6 +102,10 @@ METHODS |= {
     "top-frozen": Method(leading_start, train_A=False),
     "between": Method(between, sadam),
     "kaiming-sadam": Method(kaiming_start, sadam),
+    "full-adam": Method(None, own_coordinates),
+    "full-ungated": Method(None, ungated),
+    "full-penalty": Method(None, penalty_alone),
+    "full-half": Method(None, truncated),
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -126,6 +135,8 @@ ABLATIONS = {
         "folora", "null-adam", "null-ungated", "null-evenly", "null-penalty", "null-utility", "folora-half")},
     "start": {name: (name, ()) for name in (
         "folora", "folora-top", "between", "kaiming-sadam", "top-adam", "null-frozen", "top-frozen")},
+    "full weights": {name: (name, ()) for name in (
+        "folora-full", "full", "full-adam", "full-ungated", "full-penalty", "full-half")},
     "strength": {f"folora, {option} {value}": ("folora", (f"--{option}", value)) for option, value in (
         ("lam", "0.3"), ("lam", "3"), ("lam", "10"), ("s-min", "0"), ("s-min", "0.1"), ("s-min", "0.6"),
         ("tau", "0.001"), ("tau", "0.1"), ("tau", "1"))},
@@ -252,7 +263,7 @@ def learnt(result):
 
 
 def first_rates(method):
-    first = FIRST_RATE.get(method, 4)
+    first = FIRST_RATE.get(method, FIRST_RATE.get(swept_as(method), 4))
     return first, first + 2, first + 4
 
 
@@ -326,7 +337,10 @@ def seed_runs(study, task, method, seed, other=()):
 
 def swept_as(method):
     """The method whose sweep says where a variant starts."""
-    return method if method in COMPARED else "folora-kl" if METHODS[method].penalty else "folora"
+    if method in COMPARED:
+        return method
+    how = METHODS[method]
+    return "folora-kl" if how.penalty else "folora" if how.start else "folora-full"
 
 
 def settled_rate(study, task, method):

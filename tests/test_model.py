@@ -263,7 +263,7 @@ def test_every_method_trains_what_it_says(name):
     factors = {n for n, _ in model.named_parameters() if n.endswith(".lora_A") or n.endswith(".lora_B")}
     if name == "full":
         assert trained.keys() == {n for n, _ in micro().named_parameters()}
-    elif name == "folora-full":
+    elif name in ("folora-full", "full-adam", "full-ungated", "full-penalty", "full-half"):
         assert trained.keys() == matrices
     elif name in ("lora-null-v2", "null-frozen", "top-frozen"):
         assert trained.keys() == {n for n in factors if n.endswith("lora_B")}
@@ -273,7 +273,7 @@ def test_every_method_trains_what_it_says(name):
     assert len(stepped) == len(spectral)
     assert stepped == ({n for n in trained if not n.endswith("lora_B")} if method.steps else set())
     for p, (V, gate) in spectral.items():
-        assert V.shape == (p.shape[1], p.shape[1] // 2 if name == "folora-half" else p.shape[1])
+        assert V.shape == (p.shape[1], p.shape[1] // 2 if name.endswith("-half") else p.shape[1])
         assert gate.shape == V.shape[1:] and (gate > 0).all() and (gate <= 1).all()
 
 
