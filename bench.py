@@ -556,12 +556,12 @@ def headline(study):
                      f"{average(frontier_area(study, task, f) for task, f in found.items()):.1f}",
                      f"{average(max(g.values()) for g in gm):.1f}",
                      f"{average(g.get(6, 0) for g in gm):.1f}"])
-    return markdown(["", *levels(study), "at 95 %", "area", "best GM", f"GM at {rate(6):g}"], rows)
+    return markdown(["", *levels(study, study.tasks), "at 95 %", "area", "best GM", f"GM at {rate(6):g}"], rows)
 
 
-def levels(study):
+def levels(study, chosen):
     """Heads of the tasks' columns."""
-    return [f"{pathlib.Path(task).stem}, at {study.level(task):.0f}" for task in study.tasks]
+    return [f"{pathlib.Path(task).stem}, at {study.level(task):.0f}" for task in chosen]
 
 
 def details(study, task):
@@ -660,8 +660,9 @@ def swept(study):
     return [(run[1], x) for run, x in study.finished.items() if run[3] == 0 and not run[4] and "valid" in x]
 
 
-def size_control(study, task):
-    """{method: scores}: each method's ΔW at its settled rate, seed 1, rescaled to the ‖ΔW‖_F of FoLoRA's."""
+def size_control(study, task, measure=True):
+    """{method: scores}: each method's ΔW at its settled rate, seed 1, rescaled to the ‖ΔW‖_F of FoLoRA's.
+    Empty where FoLoRA has no such run yet or, without `measure`, where that has not been measured."""
     runs = {method: (task, method, settled_rate(study, task, method)[0], 1, ()) for method in study.methods}
     runs = {method: run for method, run in runs.items()
             if run[2] is not None and "size" in (study.result(run) or {})}
@@ -682,7 +683,9 @@ def size_control(study, task):
         return {"scores": scores}
 
     identity = {**study.identity[task], "rates": {method: run[2] for method, run in runs.items()}}
-    return kept(study.folder(task) / "rescaled.json", identity, make)["scores"]
+    path = study.folder(task) / "rescaled.json"
+    found = kept(path, identity, make) if measure else on_disk(path, identity)
+    return found["scores"] if found else {}
 
 
 def in_words(method):
@@ -695,22 +698,24 @@ def in_words(method):
 
 
 def ablations(study):
-    """Retention at the level, a table a group."""
+    """Retention at the level, a table a group: of the tasks on which any of its own runs have been made."""
     said = []
     for title, group in ABLATIONS.items():
+        own = [variant for variant in group.values() if variant[1] or variant[0] not in COMPARED]
+        where = [task for task in study.tasks if any(seeds(study, task, *variant) for variant in own)]
         rows = [[name, in_words(METHODS[variant[0]]),
-                 *(interval(matched(study, task, *variant)) for task in study.tasks)]
+                 *(interval(matched(study, task, *variant)) for task in where)]
                 for name, variant in group.items()]
-        rows = [row for row in rows if set(row[2:]) != {"-"}]
-        head = [title, "start, steps", *levels(study)]
+        rows = [row for row in rows if set(row[2:]) - {"-"}]
+        head = [title, "start, steps", *levels(study, where)]
         if len({row[1] for row in rows}) == 1:  # one method with other options
             head, *rows = [[row[0], *row[2:]] for row in (head, *rows)]
         if len(rows) > 1:
             said.append(markdown(head, rows))
     for task in study.tasks:
-        if (study.folder(task) / "rescaled.json").exists():
-            rows = [[method, f"{x['factor']:.2f}", f"{x['Avg2']:.1f}", f"{x['Avg1']:.1f}"]
-                    for method, x in size_control(study, task).items()]
+        rows = [[method, f"{x['factor']:.2f}", f"{x['Avg2']:.1f}", f"{x['Avg1']:.1f}"]
+                for method, x in size_control(study, task, measure=False).items()]
+        if rows:
             said.append(markdown([f"{task}, ΔW rescaled to FoLoRA's size", "factor", "target", "Avg1"], rows))
     return said
 

@@ -117,6 +117,20 @@ def test_whole_plan_ends_and_every_finalist_has_five_seeds():
     assert sum(run[4] == ("--snapshots", "10") for run in study.finished) == 3
 
 
+def test_ablations_are_shown_on_the_tasks_where_they_were_made(tmp_path):
+    """The main comparison on both tasks, the ablations on one: no column of the other."""
+    study = Imagined(logistic(6, 1, 100), lambda run: 100 - logistic(7, 1, 100)(run))
+    study.folder = lambda task: tmp_path
+    for study.tasks, ablate in (("math",), True), (("math", "code"), False):
+        while runs := bench.missing_runs(study, ablate, quick=False):
+            for run in runs:
+                study.do(run)
+    said = bench.ablations(study)
+    assert [table.split(" |")[0].strip("| ") for table in said] == list(bench.ABLATIONS)
+    assert all(f"math, at {study.level('math'):.0f}" in table and "code, at" not in table for table in said)
+    assert "folora-half" in said[1] and "(5)" in said[1] and "(3)" in said[1]
+
+
 def test_retention_at_the_level_by_hand():
     """Level 80: between 60 / 90 and 100 / 50 it lies in the middle, 70; the first crossing counts; a seed
     that never gets there has none."""
