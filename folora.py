@@ -21,6 +21,7 @@ Units: one scalar a layer, tr(C_pre)/d_in, divides both moments (`normalise`). �
 learning rate become free of the activations' units, and λ = 1 is the break-even: a direction as active on
 the task as on the base model's own text.
 """
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Callable
@@ -376,19 +377,29 @@ class Method:
     penalty: Callable | None = None   # S_pre -> S of the `two_sided_penalty` that, times μ, joins the loss
     replay: float = 0.0               # the foundation's own samples added to a batch, as a share of its rows
     protected: Callable | None = None  # W0 -> (U_k, V_k), directions that ΔW may not touch
-    calibrated: bool = True           # whether it needs the calibration
+
+    @property
+    def directed(self):
+        """Whether its start or its steps look at a layer's moments (`solve_layer`)."""
+        asks = inspect.signature(self.start).parameters if self.start else {}
+        return bool(self.steps or {"C_pre", "C_task", "basis"} & set(asks))
+
+    @property
+    def calibrated(self):
+        """Whether it needs a calibration: for that, for its penalty, or for samples to replay."""
+        return bool(self.directed or self.penalty or self.replay)
 
 
 METHODS = {
-    "full": Method(None, calibrated=False),
-    "lora": Method(calibrated=False),
-    "pissa": Method(pissa_start, calibrated=False),
-    "milora": Method(milora_start, calibrated=False),
+    "full": Method(None),
+    "lora": Method(),
+    "pissa": Method(pissa_start),
+    "milora": Method(milora_start),
     "corda": Method(corda_start),
     "lora-null": Method(lora_null_start),
     "lora-null-v2": Method(lora_null_start, train_A=False),
     "sc-lora": Method(sc_lora_start),
-    "oplora": Method(protected=oplora_protected, calibrated=False),
+    "oplora": Method(protected=oplora_protected),
     "replay": Method(replay=0.25),
     "folora": Method(null_space_start, sadam),
     "folora-top": Method(leading_start, sadam),

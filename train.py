@@ -363,10 +363,10 @@ def prepare(model, method, calibration, args):
         model.requires_grad_(method.steps is None)  # with SAdam the matrices alone: others have no basis
     for name, layer in layers.items():
         W0, trained = layer.weight, layer.weight.requires_grad_(not method.start)
-        m = calibration and solve_layer(*(calibration["layers"][name][C].to(W0.device)
-                                          for C in ("C_pre", "C_task")), args.tau)
+        m = solve_layer(*(calibration["layers"][name][C].to(W0.device) for C in ("C_pre", "C_task")),
+                        args.tau) if method.directed else {}
         if method.start:
-            layer.start(*method.start(W0, r=args.rank, scale=args.scale, generator=generator, **(m or {})))
+            layer.start(*method.start(W0, r=args.rank, scale=args.scale, generator=generator, **m))
             trained = layer.lora_A.requires_grad_(method.train_A)
         if method.protected:
             U, V = method.protected(W0)

@@ -1109,12 +1109,12 @@ def test_methods_are_known_by_name():
 
 def test_methods_ask_for_a_calibration_exactly_if_they_use_it():
     """Without one, a method that says it needs none starts and steps; the others cannot, or replay its
-    samples, or penalise the drift on them."""
+    samples, or penalise the drift on them, and of these LoRA's start needs no directions."""
     for method in METHODS.values():
-        uses = method.replay > 0 or method.penalty is not None
+        uses, directed = method.replay > 0 or method.penalty is not None, False
         try:
             method.start and method.start(torch.eye(3).double(), r=1, scale=1.0, generator=None)
             method.steps and method.steps(None, 1.0, 0.3)
         except TypeError:  # it asked for what only a calibration has
-            uses = True
-        assert method.calibrated == uses
+            uses = directed = True
+        assert method.calibrated == uses and method.directed == directed
