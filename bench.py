@@ -83,15 +83,25 @@ def between(W0, C_pre, basis, r, scale, **_):
     return projection_start(W0, U, scale)
 
 
-def one_sided(S_pre):
+def one_sided(S_pre, C_pre):
     """All outputs alike, as in Eq. 6, at the same mean."""
-    return S_pre.diagonal().mean() * torch.eye(len(S_pre)).to(S_pre)
+    return S_pre.diagonal().mean() * torch.eye(len(S_pre)).to(S_pre), C_pre
+
+
+def few_directions(S_pre, C_pre, k=16):
+    """The k leading eigenvectors of each, all others alike at their mean: k + 1 columns would hold them."""
+    def simplified(C):
+        eigvals, U = torch.linalg.eigh(C.double())
+        eigvals[:-k] = eigvals[:-k].mean()
+        return ((U * eigvals) @ U.T).to(C)
+    return simplified(S_pre), simplified(C_pre)
 
 
 METHODS |= {
     "null-kl": Method(null_space_start, penalty=fisher),
     "folora-top-kl": Method(leading_start, sadam, penalty=fisher),
     "folora-one-sided": Method(leading_start, penalty=one_sided),
+    "folora-kl-few": Method(leading_start, penalty=few_directions),
     "null-adam": Method(null_space_start),
     "null-frozen": Method(null_space_start, train_A=False),
     "null-ungated": Method(null_space_start, ungated),
@@ -129,7 +139,7 @@ ITEMS, TEXT = 100, 8192                  # of each kind; tokens of held-out text
 ABLATIONS = {
     "the penalty in the loss": {
         **{name: (name, ()) for name in ("folora-kl", "lora-kl", "null-kl", "folora-top-kl",
-                                         "folora-kl-replay", "folora-one-sided")},
+                                         "folora-kl-replay", "folora-one-sided", "folora-kl-few")},
         **{f"folora-kl, mu {mu}": ("folora-kl", ("--mu", mu)) for mu in ("1", "10")}},
     "coordinates and gate": {name: (name, ()) for name in (
         "folora", "null-adam", "null-ungated", "null-evenly", "null-penalty", "null-utility", "folora-half")},
@@ -749,10 +759,10 @@ def report(args, chosen):
             print(f"{path} written")
 
 
-# Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, and wine; a marker for each besides.
+# Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, wine and olive; markers besides.
 LOOKS = {"folora-full": ("#882255", "*"), "folora-kl": ("#D55E00", "P"), "lora-kl": ("#56B4E9", "v"),
-         "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"), "replay": ("#E69F00", "^"),
-         "full": ("#CC79A7", "D"), "lora": ("#000000", "X")}
+         "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"), "folora-replay": ("#999933", "h"),
+         "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"), "lora": ("#000000", "X")}
 OTHERS = ("#AAAAAA", ".")
 
 
@@ -841,8 +851,9 @@ def picture_skills(study, plt):
         for i, (name, (colour, runs)) in enumerate(bars.items()):
             values = [average(s["Avg2"] if kind == "target" else s["kept"][kind]["score"] for s in runs)
                       for kind in ("target", *start["kept"]) if runs]
-            ax.bar([x + (i - len(LOOKS) / 2) * 0.1 for x in range(len(values))], values, 0.09, color=colour,
-                   label=name)
+            width = 0.9 / len(bars)
+            ax.bar([x + (i - len(LOOKS) / 2) * width for x in range(len(values))], values, 0.9 * width,
+                   color=colour, label=name)
         ax.set_xticks(range(1 + len(start["kept"])), ["target", *start["kept"]], rotation=30)
     return panels(plt, study.tasks, "% right", draw)
 

@@ -365,8 +365,8 @@ def truncated(m, lam, s_min):
     return basis[:, :len(gate) // 2], gate[:len(gate) // 2]
 
 
-def fisher(S_pre):
-    return S_pre
+def fisher(S_pre, C_pre):
+    return S_pre, C_pre
 
 
 @dataclass(frozen=True)
@@ -374,7 +374,7 @@ class Method:
     start: Callable | None = kaiming_start  # (W0, r, scale, generator, **m) -> (A0, B0); None: W0 is trained
     steps: Callable | None = None     # (m, lam, s_min) -> (basis, gate) for A's (or W0's) steps; None: Adam's
     train_A: bool = True
-    penalty: Callable | None = None   # S_pre -> S of the `two_sided_penalty` that, times μ, joins the loss
+    penalty: Callable | None = None   # (S_pre, C_pre) -> (S, C) of the `two_sided_penalty` in the loss
     replay: float = 0.0               # the foundation's own samples added to a batch, as a share of its rows
     protected: Callable | None = None  # W0 -> (U_k, V_k), directions that ΔW may not touch
 

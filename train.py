@@ -475,7 +475,7 @@ def ready(args, model, method, calibration, items):
 class Penalty:
     """() -> μ times about how many nats per token the adapters move the model on its own samples."""
     mu: float
-    layers: list  # of (adapter, S, C_pre); empty for a method without a penalty
+    layers: list  # of (adapter, S, C); empty for a method without a penalty
 
     def __call__(self):
         return self.mu * sum(two_sided_penalty(*layer.change(), S, C) for layer, S, C in self.layers)
@@ -485,7 +485,7 @@ def penalty_of(model, calibration, method, mu):
     layers = []
     for name, layer in block_linears(model, LoRALinear).items() if method.penalty else ():
         m = {key: t.to(layer.weight) for key, t in calibration["layers"][name].items()}
-        layers.append((layer, method.penalty(m["S_pre"]), m["C_pre"]))
+        layers.append((layer, *method.penalty(m["S_pre"], m["C_pre"])))
     return Penalty(mu, layers)
 
 
