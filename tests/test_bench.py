@@ -255,6 +255,19 @@ def test_pictures_need_matplotlib_or_are_written(out, tmp_path):
                                                             ("frontier", "drift", "spectrum", "skills")}
 
 
+@given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 99))
+def test_few_directions_keep_the_trace_and_the_leading_ones(d, k, seed):
+    """Tr(C) and the k leading eigenvalues stay, all others become one; with k >= d nothing changes."""
+    X = torch.randn(2 * d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    C = X.T @ X
+    S, simplified = bench.few_directions(2 * C, C, k)
+    assert torch.allclose(S, 2 * simplified) and torch.allclose(simplified.trace(), C.trace())
+    before, after = torch.linalg.eigvalsh(C), torch.linalg.eigvalsh(simplified)
+    assert torch.allclose(before[-k:], after[-k:])
+    rest = after[:max(0, d - k)]
+    assert torch.allclose(rest, before[:len(rest)].mean().expand(len(rest)))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The comparison on real text
 
