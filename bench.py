@@ -155,7 +155,6 @@ ABLATIONS = {
     "bases": {"folora": ("folora", ()), "folora, in bfloat16": ("folora", ("--basis", "bfloat16"))},
     "twice the steps": {f"{name}, 400 steps": (name, ("--steps", "400")) for name in COMPARED},
 }
-ABLATION_SEEDS = (1, 2, 3)
 CALIBRATIONS = {"mixture": ("mixture", ""), "prose": ("prose", ""), "facts": ("facts", ""),
                 "small": ("{out}/small", ""), "16": ("own", "--samples 16"), "128": ("own", "--samples 128"),
                 "500": ("own", "--samples 500")}  # (see `calibrate_on`, options of calibrate.py)
@@ -335,6 +334,7 @@ def seed_runs(study, task, method, seed, other=()):
         return more, {}
     level = study.level(task)
     k += first_rates(method)[0] - first_rates(swept_as(method))[0]
+    k -= 3 if "--steps" in other else 0  # twice the steps take about a third of the rate
 
     def extend(found):
         top, bottom = max(found), min(found)
@@ -389,7 +389,8 @@ def missing_runs(study, ablate, quick):
         methods = dict.fromkeys(["lora", "folora", *(method for method, _ in variants if method in COMPARED)])
     runs = [run for method in methods for task in study.tasks for run in sweep(study, task, method)[0]]
     if ablate:
-        more = [(method, other, seed) for seed in ABLATION_SEEDS for method, other in variants]
+        more = [(m, other, seed) for seed in SEEDS for m, other in variants
+                if seed == SEEDS[0] or "--steps" not in other or m in QUICK]  # these take twice as long
     else:
         rounds = [(SEEDS, methods), (FINAL_SEEDS, [m for m in methods if m in FINALISTS])]
         more = [(m, (), seed) for numbers, those in rounds for m in those for seed in numbers if not quick]
