@@ -567,7 +567,8 @@ def headline(study):
                      f"{average(frontier_area(study, task, f) for task, f in found.items()):.1f}",
                      f"{average(max(g.values()) for g in gm):.1f}",
                      f"{average(g.get(6, 0) for g in gm):.1f}"])
-    return markdown(["", *levels(study, study.tasks), "at 95 %", "area", "best GM", f"GM at {rate(6):g}"], rows)
+    head = ["", *levels(study, study.tasks), "at 95 %", "area", "best GM", f"GM at {rate(6):g}"]
+    return markdown(head, rows)
 
 
 def levels(study, chosen):
