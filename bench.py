@@ -39,7 +39,7 @@ import train
 from eval import evaluate, items_of, kept, markdown, on_disk, text_files, write_json
 from folora import (METHODS, Method, SAdam, SecondMoment, check_rank, damped, fisher, forgetting_penalty,
                     generalized_eigh, kaiming_start, leading_start, method_called, null_space_start,
-                    projection_start, sadam, solve_layer, spectral_gate, truncated, whiten)
+                    projection_start, sadam, solve_layer, spectral_gate, whiten)
 from model import (GPT, GPTConfig, add_lora, autocast, block_linears, generate, load, lora_parameters,
                    pick_device, processes, write_whole)
 from train import load_adapter, load_foundation
@@ -115,7 +115,6 @@ METHODS |= {
     "full-adam": Method(None, own_coordinates),
     "full-ungated": Method(None, ungated),
     "full-penalty": Method(None, penalty_alone),
-    "full-half": Method(None, truncated),
 }
 
 # ------------------------------------------------------------------------------------------------------------
@@ -146,7 +145,7 @@ ABLATIONS = {
     "start": {name: (name, ()) for name in (
         "folora", "folora-top", "between", "kaiming-sadam", "top-adam", "null-frozen", "top-frozen")},
     "full weights": {name: (name, ()) for name in (
-        "folora-full", "full", "full-adam", "full-ungated", "full-penalty", "full-half")},
+        "folora-full", "full", "full-adam", "full-ungated", "full-penalty", "folora-full-half")},
     "strength": {f"folora, {option} {value}": ("folora", (f"--{option}", value)) for option, value in (
         ("lam", "0.3"), ("lam", "3"), ("lam", "10"), ("s-min", "0"), ("s-min", "0.1"), ("s-min", "0.6"),
         ("tau", "0.001"), ("tau", "0.1"), ("tau", "1"))},

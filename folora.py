@@ -409,6 +409,7 @@ METHODS = {
     "folora-kl-replay": Method(leading_start, penalty=fisher, replay=0.25),
     "folora-full": Method(None, sadam),                        # App. D
     "folora-half": Method(null_space_start, truncated),        # App. D
+    "folora-full-half": Method(None, truncated),               # both
 }
 
 

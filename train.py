@@ -42,10 +42,10 @@ ADAPT = {
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
     "snapshots": (0, "how many adapters to write along the way")}
 # with which every task was learnt in sweeps on validation items, if with any: to 80 % of LoRA's best score
-LEARNING_RATES = {"full": 3.5e-4, "folora-full": 7.1e-4, "sc-lora": 2.8e-3, "pissa": 2.8e-3, "milora": 4e-3,
-                  "corda": 5.7e-3, "lora": 8e-3, "folora": 8e-3, "folora-top": 1.1e-2, "replay": 1.6e-2,
-                  "folora-kl": 1.6e-2, "lora-kl": 1.6e-2, "folora-replay": 1.6e-2, "folora-half": 1.6e-2,
-                  "lora-null-v2": 6.4e-2}
+LEARNING_RATES = {"full": 3.5e-4, "folora-full": 7.1e-4, "folora-full-half": 7.1e-4, "sc-lora": 2.8e-3,
+                  "pissa": 2.8e-3, "milora": 4e-3, "corda": 5.7e-3, "lora": 8e-3, "folora": 8e-3,
+                  "folora-top": 1.1e-2, "replay": 1.6e-2, "folora-replay": 1.6e-2, "folora-half": 1.6e-2,
+                  "folora-kl": 1.6e-2, "lora-kl": 1.6e-2, "lora-null-v2": 6.4e-2}
 OTHER_RATE = 8e-3
 
 

@@ -263,7 +263,7 @@ def test_every_method_trains_what_it_says(name):
     factors = {n for n, _ in model.named_parameters() if n.endswith(".lora_A") or n.endswith(".lora_B")}
     if name == "full":
         assert trained.keys() == {n for n, _ in micro().named_parameters()}
-    elif name in ("folora-full", "full-adam", "full-ungated", "full-penalty", "full-half"):
+    elif name in ("folora-full", "full-adam", "full-ungated", "full-penalty", "folora-full-half"):
         assert trained.keys() == matrices
     elif name in ("lora-null-v2", "null-frozen", "top-frozen"):
         assert trained.keys() == {n for n in factors if n.endswith("lora_B")}
