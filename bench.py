@@ -124,14 +124,15 @@ METHODS |= {
 
 LEVEL = 0.8                              # of the best target score at LoRA's first rates
 SEEDS, FINAL_SEEDS = (1, 2, 3), (4, 5)
-FINALISTS = ("folora-full", "folora-kl", "lora-kl", "folora", "folora-top", "folora-replay", "replay",
-             "full")                     # these get the second seeds as well
+FINALISTS = ("folora-full-half", "folora-full", "folora-kl", "lora-kl", "folora", "folora-top",
+             "folora-replay", "replay", "full")  # these get the second seeds as well
 COMPARED = (*FINALISTS, "folora-half", "lora", "lora-null", "corda", "sc-lora", "milora", "pissa", "oplora",
             "lora-null-v2")
 QUICK = ("lora", "lora-null", "replay", "folora", "folora-kl")
-FIRST_RATE = {"full": -6, "folora-full": -6, "pissa": 0, "sc-lora": 0, "lora-null": 2, "corda": 2,
-              "milora": 2, "oplora": 2, "folora-top": 2, "replay": 6, "folora-replay": 6, "lora-null-v2": 8,
-              "null-frozen": 8, "top-frozen": 8}  # of a sweep, as an index (see `rate`); 4 for the others
+FIRST_RATE = {"full": -6, "folora-full": -6, "folora-full-half": -6, "pissa": 0, "sc-lora": 0,
+              "lora-null": 2, "corda": 2, "milora": 2, "oplora": 2, "folora-top": 2, "replay": 6,
+              "folora-replay": 6, "lora-null-v2": 8, "null-frozen": 8,
+              "top-frozen": 8}           # of a sweep, as an index (see `rate`); 4 for the others
 ITEMS, TEXT = 100, 8192                  # of each kind; tokens of held-out text
 
 # {group: {name: (method, options of train.py adapt)}}
@@ -760,10 +761,11 @@ def report(args, chosen):
             print(f"{path} written")
 
 
-# Pictures: Okabe and Ito's colours, which colour-blind eyes tell apart, wine and olive; markers besides.
-LOOKS = {"folora-full": ("#882255", "*"), "folora-kl": ("#D55E00", "P"), "lora-kl": ("#56B4E9", "v"),
-         "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"), "folora-replay": ("#999933", "h"),
-         "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"), "lora": ("#000000", "X")}
+# Pictures: Okabe and Ito's colours and three of Tol's, which colour-blind eyes tell apart; markers besides.
+LOOKS = {"folora-full-half": ("#332288", "p"), "folora-full": ("#882255", "*"), "folora-kl": ("#D55E00", "P"),
+         "lora-kl": ("#56B4E9", "v"), "folora-top": ("#009E73", "s"), "folora": ("#0072B2", "o"),
+         "folora-replay": ("#999933", "h"), "replay": ("#E69F00", "^"), "full": ("#CC79A7", "D"),
+         "lora": ("#000000", "X")}
 OTHERS = ("#AAAAAA", ".")
 
 
@@ -787,9 +789,10 @@ def panels(plt, titles, ylabel, draw):
         draw(ax, title)
     axes[0][0].set_ylabel(ylabel)
     handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="lower center", ncol=max(1, len(labels)), columnspacing=1,
-                  handlelength=1.5, handletextpad=0.4)
-    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    rows = 1 if len(labels) < 8 else 2
+    figure.legend(handles, labels, loc="lower center", ncol=max(1, math.ceil(len(labels) / rows)),
+                  columnspacing=1, handlelength=1.5, handletextpad=0.4)
+    figure.tight_layout(rect=(0, 0.02 + 0.06 * rows, 1, 1))
     return figure
 
 
