@@ -322,8 +322,9 @@ def test_penalty_and_utility_are_their_traces(pair, r, seed):
 
 
 def test_one_sided_counts_all_outputs_alike_at_the_same_mean():
-    S = one_sided(f64([[1.0, 0.5], [0.5, 3.0]]))
-    assert close(S, 2 * torch.eye(2).double())
+    C_pre = torch.eye(3).double()
+    S, C = one_sided(f64([[1.0, 0.5], [0.5, 3.0]]), C_pre)
+    assert close(S, 2 * torch.eye(2).double()) and C is C_pre
 
 
 @given(spd_pairs(), small, small, seeds)
