@@ -618,9 +618,10 @@ def kept_at_level(study, task, share):
     return markdown([f"{pathlib.Path(task).stem}, at {at}", *measures], rows)
 
 
-def step_times(study, rounds=9, steps=4):
-    """Keep {method: its steps' time over plain LoRA's in the same round, a ratio for each of `rounds`}.
-    All methods run in turn, so that what else the machine does slows all alike; the first round warms up."""
+def step_times(study, measure=True, rounds=9, steps=4):
+    """{method: its steps' time over plain LoRA's in the same round, a ratio for each of `rounds`}.
+    All methods run in turn, so that what else the machine does slows all alike; the first round warms up.
+    Empty where that has not been measured, without `measure`."""
     def make():
         runs = {}
         for method in dict.fromkeys((*study.methods, "lora")):
@@ -634,24 +635,18 @@ def step_times(study, rounds=9, steps=4):
         found = interleaved(rounds, **runs)
         return {"ratios": {method: ratio(found, method, "lora") for method in study.methods}}
 
-    kept(*timed(study), make)
-
-
-def timed(study):
-    """(the file of `step_times`, what it was made for)."""
     task = study.tasks[0]
-    return study.folder(task) / "step_times.json", {**study.identity[task], "methods": list(study.methods)}
+    identity = {**study.identity[task], "methods": list(study.methods)}
+    found = kept(study.folder(task) / "step_times.json", identity, make if measure else None)
+    return found["ratios"] if found else {}
 
 
 def times(study):
     """One row a method: median and range of `step_times`, if that has been run."""
-    found = on_disk(*timed(study))
-    if not found:
-        return ""
-    rows = [[method, f"{statistics.median(ratios):.2f}", f"{min(ratios):.2f} to {max(ratios):.2f}"]
-            for method, ratios in found["ratios"].items()]
+    rows = [[method, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"]
+            for method, found in step_times(study, measure=False).items()]
     task = pathlib.Path(study.tasks[0]).stem
-    return markdown([f"{task}: time of a step over LoRA's", "median", "range"], rows)
+    return markdown([f"{task}: time of a step over LoRA's", "median", "range"], rows) if rows else ""
 
 
 def explanations(study):
@@ -695,8 +690,7 @@ def size_control(study, task, measure=True):
         return {"scores": scores}
 
     identity = {**study.identity[task], "rates": {method: run[2] for method, run in runs.items()}}
-    path = study.folder(task) / "rescaled.json"
-    found = kept(path, identity, make) if measure else on_disk(path, identity)
+    found = kept(study.folder(task) / "rescaled.json", identity, make if measure else None)
     return found["scores"] if found else {}
 
 
@@ -852,10 +846,10 @@ def picture_skills(study, plt):
         start = study.start(task, "test")
         bars = {"foundation": ("#DDDDDD", [start])}
         bars |= {m: (LOOKS[m][0], [f["test"] for f in settled(study, task, m)[1]]) for m in reversed(LOOKS)}
+        width = 0.9 / len(bars)
         for i, (name, (colour, runs)) in enumerate(bars.items()):
             values = [average(s["Avg2"] if kind == "target" else s["kept"][kind]["score"] for s in runs)
                       for kind in ("target", *start["kept"]) if runs]
-            width = 0.9 / len(bars)
             ax.bar([x + (i - len(LOOKS) / 2) * width for x in range(len(values))], values, 0.9 * width,
                    color=colour, label=name)
         ax.set_xticks(range(1 + len(start["kept"])), ["target", *start["kept"]], rotation=30)
@@ -885,8 +879,7 @@ ROWS = ("trivia", "webquestions_test", "gsm8k_train", "gsm8k_test", "instruct", 
 KNOWN, REPEATED = 1000, 100  # trivia questions that the foundation sees often, so that it has some to forget
 REAL = {"methods": ("lora", "lora-null", "folora", "folora-kl", "folora-full"),
         "pretrain": "--encoding gpt2 --context 256 --layers 6 --heads 4 --width 256 --batch 8 --steps 1000",
-        "calibrate": "--samples 1000 --fisher-samples 250 --min-unique 0.12 --fours-from 256 "
-                     "--min-new 128",
+        "calibrate": "--samples 1000 --fisher-samples 250 --min-unique 0.12 --fours-from 256 --min-new 128",
         "adapt": "--batch 8 --steps 120"}
 
 

@@ -132,10 +132,10 @@ def scores_of(path, model, items, args):
 
 
 def kept(path, identity, make, wait=True):
-    """What stands in the JSON file `path` if it was made for `identity`, else make() it and keep it there.
-    While another process makes it, wait for that or return None."""
+    """What stands in the JSON file `path` if it was made for `identity`, else make() it and keep it there, or
+    None where `make` is None. While another process makes it, wait for that or return None."""
     content = on_disk(path, identity)
-    if not content:
+    if not content and make:
         with claimed(path, wait) as mine:
             content = mine and on_disk(path, identity)
             if mine and not content:

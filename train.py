@@ -485,8 +485,8 @@ class Penalty:
 def penalty_of(model, calibration, method, mu):
     layers = []
     for name, layer in block_linears(model, LoRALinear).items() if method.penalty else ():
-        m = {key: t.to(layer.weight) for key, t in calibration["layers"][name].items()}
-        layers.append((layer, *method.penalty(m["S_pre"], m["C_pre"])))
+        S_pre, C_pre = (calibration["layers"][name][key].to(layer.weight) for key in ("S_pre", "C_pre"))
+        layers.append((layer, *method.penalty(S_pre, C_pre)))
     return Penalty(mu, layers)
 
 
