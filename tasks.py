@@ -14,9 +14,6 @@ here knows about models.
 import ast
 import functools
 import hashlib
-import io
-import itertools
-import json
 import operator
 import pathlib
 import random
@@ -27,6 +24,7 @@ from typing import Callable
 
 import numpy as np
 import tiktoken
+import torch
 
 EOT = "<|endoftext|>"
 LIBRARY = ("prose", "source")  # the text that ships with Python
@@ -53,7 +51,7 @@ def byte_encoding():
 
 
 @functools.cache
-def encoding_called(name):
+def get_encoding(name):
     """"bytes", or tiktoken's "gpt2", which is downloaded once."""
     if name == "bytes":
         return byte_encoding()
@@ -73,7 +71,7 @@ def fingerprint(texts):
     return digest.hexdigest()[:16]
 
 
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What the foundation is trained on. Every document of every kind starts with <|endoftext|>.
 
 @functools.cache
@@ -218,63 +216,7 @@ class Chunks:
         return self.tokens[start:start + length].tolist()
 
 
-class TextFiles:
-    """Rows of training tokens from text files of any size, drawn from a file of their tokens: neither these
-    nor the text are in memory as a whole. ValueError names a file that is missing or empty."""
-    PIECE = 2 ** 16  # characters
-
-    def __init__(self, files, encoding, folder):
-        for file in files:
-            if not (pathlib.Path(file).is_file() and pathlib.Path(file).stat().st_size):
-                raise ValueError(f"data names {file}, which is missing, empty or not a file")
-        self.files, self.encoding, self.eot = files, encoding, encoding.eot_token
-        self.path = pathlib.Path(folder) / f"tokens-{self.fingerprint()}.bin"
-
-    def pieces(self):
-        """The text in pieces that end with a line, unless that is too long; before each file an empty one."""
-        for file in self.files:
-            yield ""
-            with open(file, encoding="utf8", errors="replace") as f:
-                while piece := f.read(self.PIECE) + f.readline(self.PIECE):
-                    yield piece
-
-    @functools.cache
-    def fingerprint(self):
-        return fingerprint(itertools.chain([self.encoding.name], self.pieces()))
-
-    def write(self, f):
-        """Write the tokens, two bytes each; <|endoftext|> stands before each file and where that has it."""
-        for piece in self.pieces():
-            tokens = [self.eot] if not piece else []
-            for number, document in enumerate(piece.split(EOT)):
-                tokens += [self.eot] if number else []
-                tokens += (list(document.encode()) if self.encoding.name == "bytes"  # its tokenizer is slower
-                           else self.encoding.encode_ordinary(document))
-            f.write(np.array(tokens, dtype=np.uint16).tobytes())
-
-    @functools.cached_property
-    def ends(self):
-        """Tokens behind which a row may start: those that end a line or a file."""
-        return [t for t in range(self.encoding.n_vocab)
-                if t == self.eot or self.encoding.decode_bytes([t]).endswith(b"\n")]
-
-    def row(self, rng, length):
-        """`length` tokens, the first of them <|endoftext|>, the others from the start of the line in which a
-        random place lies, or from that place where the line started long before."""
-        tokens = np.memmap(self.path, np.uint16, "r")  # anew: a map keeps all it has ever read in memory
-        last = len(tokens) - length
-        if last < 0:
-            raise ValueError(f"data has {len(tokens):,} tokens; a row takes {length}: give more text, or a "
-                             "smaller --context")
-        place = rng.randrange(last + 1)
-        first = max(0, place - length)
-        near = tokens[first:place + 2]
-        ends = np.flatnonzero(np.isin(near[:-1], self.ends) & (near[1:] != self.eot))
-        start = 1 + (first + int(ends[-1]) if len(ends) else place)
-        return [self.eot] + tokens[start:start + length - 1].tolist()
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What it is then taught: the paper's three kinds of task, each item with a check of its answer.
 
 @dataclass(frozen=True)
@@ -380,16 +322,8 @@ HELD_OUT = 200  # items of a task in "test", and as many in "valid"
 
 
 @functools.cache
-def task_items(task, split, count, seed=0, skip_bad=False):
-    """`count` items of a task; a prompt in one split is in no other. Of a JSONL file as many as it has: its
-    last fifth, at most 2 HELD_OUT items, is held out."""
-    if task.endswith(".jsonl"):
-        items = file_items(task, skip_bad)
-        half = min(HELD_OUT, len(items) // 10)
-        if not half:
-            raise ValueError(f"{task} has {len(items)} items; it takes 10 to learn some and test others")
-        splits = {"train": items[:-2 * half], "valid": items[-2 * half:-half], "test": items[-half:]}
-        return splits[split][:count]
+def task_items(task, split, count, seed=0):
+    """`count` items of a task; a prompt in one split is in no other."""
     if task not in MAKERS:
         raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(MAKERS)}, or a .jsonl file")
     taken = {item.prompt for earlier in SPLITS[:SPLITS.index(split)]
@@ -402,81 +336,7 @@ def task_items(task, split, count, seed=0, skip_bad=False):
     return items
 
 
-# ------------------------------------------------------------------------------------------------------------
-# Tasks from files
-
-LONGEST_ROW, LONGEST_TEXT = 2 ** 20, 2 ** 22  # bytes, characters
-FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
-
-
-def opened(path):
-    """A user's file, as bytes; ValueError when it is none. (To open a pipe would be to wait for ever.)"""
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"{path} is missing, or not a file")
-    return open(path, "rb")
-
-
-def text_of(path):
-    """A text file's first LONGEST_TEXT characters, more than all rows that are asked for."""
-    with io.TextIOWrapper(opened(path), "utf8", "replace") as f:
-        return f.read(LONGEST_TEXT)
-
-
-def normalised(answer):
-    """TriviaQA's rules: no case, punctuation, articles or spare blanks."""
-    answer = re.sub(r"[^\w\s]|_", " ", answer.lower())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
-
-
-def item_of(row):
-    """The Item of a JSONL row; ValueError says what is wrong with it. A question is checked by exact match
-    with any of its answers, an answer that ends in #### and a number by that number, others by likelihood."""
-    asked = [key for key in FIELDS if isinstance(row, dict) and {key, FIELDS[key]} <= row.keys()]
-    if not asked:
-        raise ValueError(f"a row needs {', or '.join(' and '.join(pair) for pair in FIELDS.items())}")
-    asked = asked[0]
-    prompt, answers, given = row[asked], row[FIELDS[asked]], str(row.get("input") or "")
-    answers = answers if isinstance(answers, list) else [answers]
-    if not answers or not all(isinstance(text, str) and text.strip() for text in [prompt, *answers]):
-        raise ValueError(f"{asked} and {FIELDS[asked]} must be text that is not empty")
-    "".join([prompt, given, *answers]).encode()  # a ValueError for half a surrogate pair
-    number, known = final_number(answers[0]), {normalised(answer) for answer in answers}
-    check = ((lambda said: final_number(said) == number) if number is not None else
-             (lambda said: normalised(said) in known) if asked == "question" else None)
-    if asked == "question":  # the blank before the answer is a part of its first token
-        return Item(QUESTION.format(prompt).rstrip(), " " + answers[0].strip(), check)
-    if asked == "instruction":
-        prompt = TEMPLATE.format(f"{prompt}\n{given}" if given else prompt)
-    return Item(prompt, answers[0].strip(), check)
-
-
-@functools.cache
-def file_items(path, skip_bad=False):
-    """The items of a JSONL file, in its order. ValueError names the first bad row by its line; `skip_bad`
-    leaves bad rows out and says how many. Unless every item has a check all go by likelihood."""
-    items, bad, first = [], 0, ""
-    with opened(path) as lines:
-        rows = iter(lambda: lines.readline(LONGEST_ROW), b"")
-        for number, line in enumerate(rows, 1):
-            where = f"{path}, line {number}"
-            if not line.strip():
-                continue
-            try:
-                if len(line) == LONGEST_ROW:
-                    while not line.endswith(b"\n") and (line := lines.readline(LONGEST_ROW)):
-                        pass
-                    raise ValueError(f"a row must be shorter than {LONGEST_ROW:,} bytes")
-                items.append(replace(item_of(json.loads(line)), where=where))
-            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, not a task's row
-                bad, first = bad + 1, first or f"{where}: {error}"
-    if bad and not skip_bad:
-        raise ValueError(f"{first} ({bad} bad rows in all; --skip-bad leaves them out)")
-    if bad:
-        print(f"  {path}: {bad} bad rows left out, the first is {first}")
-    return items if all(item.check for item in items) else [replace(item, check=None) for item in items]
-
-
-# ------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------
 # What it must keep: the facts, and the skills that the target task does not use.
 
 KEPT = {"math": ("facts", "lookup", "words", "lambdas"), "code": ("facts", "lookup", "sums", "words"),
@@ -496,16 +356,35 @@ def kept_items(kind, split, count=200):
 
 
 @functools.cache
-def held_out_rows(kind, split, encoding, length, most=256):
-    """Rows of `length` tokens of held-out prose or source, or of a .txt file, for bits per byte, every second
-    one for "valid".
-
-    Like every document they start at the start of a line; they do not overlap.
-    """
-    text = text_of(kind) if kind.endswith(".txt") else library_text(kind)[1]
+def held_out_rows(text, split, encoding, length, most=256):
+    """Rows of `length` tokens of a text, for bits per byte: every second one for "valid", the others
+    for "test". Like every document they start at the start of a line; they do not overlap."""
     chunks, rows, end = Chunks(text, encoding.encode_ordinary), [], 0
     for start in chunks.starts[chunks.starts <= len(chunks.tokens) - length]:
         if start >= end:
             end = start + length - 1
             rows.append([encoding.eot_token] + chunks.tokens[start:end].tolist())
     return rows[split == "test"::2][:most]
+
+
+# ------------------------------------------------------------------------------------------------
+# Items as tokens
+
+def response_row(item, encoding):
+    """(tokens, number of prompt tokens) of <|endoftext|> prompt answer newline. An answer that has
+    lines of its own ends with <|endoftext|> instead of a newline."""
+    prompt = [encoding.eot_token] + encoding.encode_ordinary(item.prompt)
+    end = [encoding.eot_token] if "\n" in item.answer else encoding.encode_ordinary("\n")
+    return prompt + encoding.encode_ordinary(item.answer) + end, len(prompt)
+
+
+def response_batch(rows):
+    """(x, y), each (B, T), of such rows: inputs, and targets that count the response only (-100
+    elsewhere)."""
+    length = max(len(tokens) for tokens, _ in rows) - 1
+    x = torch.zeros(len(rows), length, dtype=torch.long)
+    y = torch.full((len(rows), length), -100)
+    for i, (tokens, prompt) in enumerate(rows):
+        x[i, :len(tokens) - 1] = torch.tensor(tokens[:-1])
+        y[i, prompt - 1:len(tokens) - 1] = torch.tensor(tokens[prompt:])
+    return x, y

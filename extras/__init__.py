@@ -1,0 +1,1 @@
+"""What is needed to run the project, not to understand the method."""

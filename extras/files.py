@@ -1,0 +1,323 @@
+"""Every file under out/: written whole or not at all, checked when read, built once for its settings.
+
+A checkpoint is what torch.save writes of a dict of tensors and plain values with its "kind" and
+"settings", followed by the SHA-256 of those bytes. Loading one executes nothing (weights_only).
+"""
+import contextlib
+import hashlib
+import json
+import mmap
+import os
+import pathlib
+import struct
+
+import torch
+
+import tasks
+from extras.machine import barrier, rank_and_world
+from model import GPT, GPTConfig, add_lora, block_linears, merge_lora
+
+try:
+    import fcntl
+except ImportError:  # Windows: a folder of results is for one process there
+    fcntl = None
+
+
+def fingerprint(tensors):
+    """A short SHA-256 of {name: tensor}: the identity of a model's weights."""
+    digest = hashlib.sha256()
+    for name, t in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
+        flat = t.detach().cpu().contiguous().view(torch.uint8) if t.numel() else b""
+        digest.update(flat.numpy().tobytes() if t.numel() else flat)
+    return digest.hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def file_lock(path, wait=True):
+    """Yields True once this process alone may build `path`; without `wait`, False if another has it.
+
+    The lock is on a file beside `path`, so it ends with the process, however that ends. Of
+    processes that work together, rank 0 takes it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while fcntl and not rank_and_world()[0]:
+        with open(path.with_name(f"{path.name}.lock"), "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if not wait:
+                    yield False
+                    return
+                print(f"  another process is building {path}: waiting for it", flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if os.fstat(lock.fileno()).st_nlink:  # else its former owner has removed it: try again
+                try:
+                    yield True
+                finally:
+                    os.unlink(lock.name)
+                return
+    yield True
+
+
+def atomic_write(path, write):
+    """Create `path` by write(file), whole or not at all: under a temporary name, then renamed.
+
+    OSError says what cannot be written and why. Of processes that work together, rank 0 writes.
+    """
+    if rank_and_world()[0]:
+        return
+    temporary = path.with_name(f"{path.name}.tmp")
+    with file_lock(temporary):  # a leftover of a killed process is overwritten
+        try:
+            with open(temporary, "wb") as f:
+                write(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, path)
+        except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
+            reason = error if isinstance(error, OSError) else error.__context__ or error
+            raise OSError(f"{path} cannot be written: {reason}") from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def friendly_errors(path, advice):
+    """Whatever is wrong with a file becomes one line, a ValueError: the file, the reason, advice."""
+    if not path.is_file():  # opening a pipe would wait for ever
+        raise ValueError(f"{path} cannot be read (it is missing, or not a file); {advice}")
+    try:
+        yield
+    except Exception as error:
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        raise ValueError(f"{path} cannot be read ({kind}{' '.join(str(error).split())[:150]}); "
+                         f"{advice}") from None
+
+
+# ------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def check_finite(content, name=""):
+    """The content, if all tensors in its nested dicts and lists are finite; ValueError names one
+    that is not."""
+    if torch.is_tensor(content):
+        if not torch.isfinite(content).all():
+            raise ValueError(f"{name} holds NaN or infinity")
+    elif isinstance(content, (dict, list, tuple)):
+        pairs = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, part in pairs:
+            check_finite(part, f"{name} {key}".strip())
+    return content
+
+
+def load_tensors(path):
+    """What torch.save wrote, tensors and plain values only, all finite."""
+    return check_finite(torch.load(path, map_location="cpu", weights_only=True))
+
+
+def check_tensors(found, expected):
+    """ValueError names a tensor that is missing, unknown, or of another shape or type than expected;
+    both are {name: tensor}."""
+    for name in sorted(found.keys() ^ expected.keys(), key=str):
+        raise ValueError(f"{name} is {'missing' if name in expected else 'unknown'}")
+    for name, own in expected.items():
+        shape, dtype = tuple(found[name].shape), found[name].dtype
+        if (shape, dtype) != (tuple(own.shape), own.dtype):
+            raise ValueError(f"{name} has the shape {shape} and type {dtype}; {tuple(own.shape)} "
+                             f"and {own.dtype} would be right")
+
+
+def digest(path, end=None):
+    """SHA-256 of a file's bytes, or of those before position `end`."""
+    with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return hashlib.sha256(memoryview(content)[:end]).digest()
+
+
+def save(path, content):
+    """Write a checkpoint. ValueError, and nothing is written, when a tensor is not finite."""
+    check_finite(content)
+
+    def write(f):
+        torch.save(content, f)
+        f.flush()
+        f.write(digest(f.name))
+    atomic_write(path, write)
+
+
+def load(path, kind, made_by):
+    """Read a checkpoint; ValueError says what is wrong with it and which command makes one."""
+    if not path.exists():
+        raise ValueError(f"{path} is missing; make it with: {made_by}")
+    with friendly_errors(path, f"delete it and make it again with: {made_by}"):
+        with open(path, "rb") as f:
+            f.seek(-32, os.SEEK_END)
+            expected = f.read()
+        if digest(path, -32) != expected:
+            raise ValueError("its checksum does not fit: it is damaged")
+        content = load_tensors(path)
+        if not isinstance(content, dict) or content.get("kind") != kind:
+            raise ValueError(f"it is not a {kind} of this project")
+    return content
+
+
+def is_up_to_date(path, kind, settings):
+    """Whether `path` holds a result for exactly these settings; prints it if so."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, where a file is to be written; move it away")
+    try:
+        same = path.exists() and load(path, kind, "").get("settings") == settings
+    except ValueError:  # damaged: built again
+        same = False
+    if same:
+        print(f"{path} is up to date")
+    return same
+
+
+def build_if_stale(path, kind, settings, build):
+    """Build `path` unless it already holds a result for these settings. If another process is
+    building it, wait for that and use it."""
+    if is_up_to_date(path, kind, settings):
+        return
+    with file_lock(path):
+        barrier()
+        if not is_up_to_date(path, kind, settings):  # else built by the process waited for
+            save(path, {"kind": kind, "settings": settings, **build()})
+            path.with_suffix(".partial").unlink(missing_ok=True)
+            print(f"{path} written")
+    barrier()
+
+
+def load_foundation(out, device):
+    """(model, fingerprint of its weights)."""
+    path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
+    saved, advice = load(path, "foundation", made_by), f"delete it and make it again with: {made_by}"
+    with friendly_errors(path, advice):
+        config = GPTConfig(**saved["settings"]["config"])
+        with torch.device("meta"):
+            check_tensors(saved["model"], GPT(config).state_dict())
+    encoding = tasks.get_encoding(config.encoding)
+    if encoding.n_vocab > config.vocab_size:
+        raise ValueError(f"{path} has {config.vocab_size} tokens, too few for {config.encoding}; "
+                         f"{advice}")
+    model = GPT(config)
+    model.load_state_dict(saved["model"])
+    return model.to(device).eval(), fingerprint(saved["model"])
+
+
+def load_adapter(path, out, device, merge=True):
+    """The foundation with the adapter of `path`: merged, an ordinary GPT; else with LoRALinear
+    layers. What kind of adapter it is follows from its tensors' names."""
+    made_by = "python train.py adapt"
+    saved = load(path, "adapter", made_by)
+    model, foundation = load_foundation(out, device)
+    with friendly_errors(path, f"make it again with: {made_by}"):
+        settings, changed = saved["settings"], saved["changed"]
+        if settings["foundation"] != foundation:
+            raise ValueError("it belongs to another foundation")
+        if any("lora_" in name for name in changed):
+            layers = add_lora(model, settings["rank"], settings["scale"])
+            for name, layer in layers.items():
+                if f"{name}.lora_U" in changed:
+                    k = min(changed[f"{name}.lora_U"].shape[1], *layer.weight.shape)
+                    layer.protect(*(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
+            expected = {name: t for name, t in model.state_dict().items() if "lora_" in name}
+            check_tensors(changed, expected)
+            for name, layer in layers.items():
+                layer.init_from(changed[f"{name}.lora_A0"], changed[f"{name}.lora_B0"])
+        else:  # full weights: the blocks' matrices alone, or all parameters
+            matrices = {f"{name}.weight" for name in block_linears(model)}
+            names = matrices if changed.keys() == matrices else dict(model.named_parameters())
+            state = model.state_dict()
+            check_tensors(changed, {name: state[name] for name in names})
+        model.load_state_dict(changed, strict=False)
+    if merge:
+        merge_lora(model)
+    return model
+
+
+def task_folder(args):
+    """out/<task>; for a task from a file, the file's name without .jsonl."""
+    return pathlib.Path(args.out) / pathlib.Path(args.task).stem
+
+
+def load_calibration(args, model, foundation):
+    """What calibrate.py wrote for this task: "layers" {name: {C_pre, C_task, S_pre}} and "samples"."""
+    path = task_folder(args) / f"{args.calibration}.pt"
+    made_by = f"python calibrate.py --task {args.task} --name {args.calibration} --out {args.out}"
+    calibration = load_measured(path, "calibration", made_by, model)
+    if calibration["settings"]["foundation"] != foundation:
+        raise ValueError(f"{path} belongs to another foundation; make it again with: {made_by}")
+    return calibration
+
+
+def load_measured(path, kind, made_by, model):
+    """A proxy or a calibration, whose moments and samples fit this model."""
+    content = load(path, kind, made_by)
+    with friendly_errors(path, f"delete it and make it again with: {made_by}"):
+        if kind == "proxy":
+            found = {f"{name} {key}": C for key in ("C_pre", "S_pre")
+                     for name, C in content[key].items()}
+        else:
+            found = {f"{name} {key}": C for name, moments in content["layers"].items()
+                     for key, C in moments.items()}
+        keys = ("C_pre", "S_pre") if kind == "proxy" else ("C_pre", "C_task", "S_pre")
+        shapes = {f"{name} {key}": 2 * [layer.weight.shape[key[0] == "C"]]  # C: d_in, S: d_out
+                  for name, layer in block_linears(model).items() for key in keys}
+        check_tensors(found, {name: torch.empty(shape, dtype=torch.float64, device="meta")
+                              for name, shape in shapes.items()})
+        samples = content["samples"]
+        if not (samples.dtype == torch.int32 and samples.dim() == 2 and samples.numel()
+                and -1 <= samples.min() and samples.max() < model.config.vocab_size):
+            raise ValueError("samples are not rows of the model's tokens")
+    return content
+
+
+# ------------------------------------------------------------------------------------------------
+# JSON and safetensors
+
+def read_cached_json(path, identity):
+    """The content of the JSON file `path` if it was made for `identity`, else None."""
+    try:
+        content = json.loads(path.read_text()) if path.is_file() else {}
+        return content if content["identity"] == identity else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # missing or unreadable: made again
+
+
+def cached_json(path, identity, make, wait=True):
+    """The content of `path` if it was made for `identity`; else make() it and write it there, or
+    None where `make` is None. While another process makes it, wait for that or return None."""
+    content = read_cached_json(path, identity)
+    if not content and make:
+        with file_lock(path, wait) as locked:
+            content = locked and read_cached_json(path, identity)
+            if locked and not content:
+                content = {"identity": identity, **make()}
+                write_json(path, content)
+    return content or None
+
+
+def write_json(path, content):
+    atomic_write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
+
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: eight bytes for the length of a JSON header, which
+    gives each tensor's type, shape and place, then the raw little-endian tensors."""
+    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
+              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8,
+              "U8": torch.uint8, "BOOL": torch.bool}
+    content = bytearray(path.read_bytes())
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{name} has the type {entry['dtype']}, which is not supported")
+        first, last = entry["data_offsets"]
+        raw = torch.frombuffer(content[start + first:start + last] or bytearray(1), dtype=torch.uint8)
+        raw = raw[:last - first]
+        tensors[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+    return tensors

@@ -1,0 +1,54 @@
+"""Muon by hand: each matrix moves along its momentum, made orthogonal.
+
+torch.optim.Muon always iterates in bfloat16, which a CPU without bf16 instructions emulates, about a
+hundred times slower than float32. Here the caller chooses the dtype.
+Sources: Keller Jordan, https://kellerjordan.github.io/posts/muon/; Liu et al., arXiv 2502.16982.
+"""
+import math
+
+import torch
+
+
+def newton_schulz(G, dtype):
+    """About UVᵀ for each G = UΣVᵀ, (count, m, n): X <- aX + b(XXᵀ)X + c(XXᵀ)²X keeps U and V, and five
+    such steps bring singular values that are not tiny to 0.7 .. 1.2."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at 0, where it matters most
+    tall = G.shape[-2] > G.shape[-1]
+    X = (G.mT if tall else G).to(dtype)  # XXᵀ is the smaller of the two Gram matrices
+    X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # largest singular value <= 1
+    for _ in range(5):
+        S = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
+    return (X.mT if tall else X).to(G.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with a choice of dtype.
+
+    params: matrices (m, n), the hidden layers' weights. Others belong to AdamW.
+    dtype:  of the iteration: float32, or bfloat16 where the machine has instructions for it.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, dtype=torch.float32):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            by_shape = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for (m, n), params in by_shape.items():  # one batched product, not many small ones
+                G = torch.stack([self.nesterov(p, group["momentum"]) for p in params])
+                rate = group["lr"] * math.sqrt(max(1, m / n))  # the post's scale for tall matrices
+                for p, direction in zip(params, newton_schulz(G, self.dtype)):
+                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(direction, alpha=rate)
+
+    def nesterov(self, p, momentum):
+        """The gradient (m, n), moved by `momentum` towards the running mean of gradients."""
+        state = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return p.grad.lerp(state["momentum_buffer"].lerp_(p.grad, 1 - momentum), momentum)

@@ -1,0 +1,41 @@
+"""Tables for the screen and for markdown."""
+from extras.machine import pick_device
+from folora import solve_layer, spectral_gate
+
+
+def markdown(head, rows):
+    """A markdown table with aligned columns."""
+    widths = [max(len(line[i]) for line in [head, *rows]) for i in range(len(head))]
+    cells = [[c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(line, widths))]
+             for line in [head, ["-" * width for width in widths], *rows]]
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
+
+
+def spectrum_table(layers):
+    """One row per layer of {name: {C_pre, C_task, ...}}: how many directions the base model uses, and
+    γ and the gate at the default τ, λ and s_min."""
+    rows = []
+    for name, moments in layers.items():
+        m = solve_layer(*(moments[C].to(pick_device()) for C in ("C_pre", "C_task")))
+        gate, eigvals, C = spectral_gate(m["eigvals"]), m["eigvals"], m["C_pre"]
+        used = C.trace() ** 2 / (C * C).sum()  # participation ratio: d_in if all are used equally
+        rows.append([name, f"{len(C)}", f"{used:.1f}", f"{eigvals[0]:.2f}", f"{eigvals.median():.3f}",
+                     f"{eigvals[-1]:.1e}", f"{gate.mean():.3f}",
+                     f"{(gate <= 0.3).double().mean():.0%}"])
+    return markdown(["layer", "d_in", "used", "γ max", "median", "min", "mean gate", "gate 0.3"], rows)
+
+
+def method_table(methods):
+    """One row per method: what it trains, where it starts, how it steps, what it adds, whose it is."""
+    def words(part):
+        return part.__name__.removesuffix("_start").replace("_", " ") if part else ""
+
+    rows = []
+    for name, method in methods.items():
+        trained = "full weights" if not method.start else "A, B" if method.train_A else "B"
+        extra = [f"{words(method.penalty)} penalty" if method.penalty else "",
+                 f"replay {method.replay:.0%}" if method.replay else "",
+                 "protected directions" if method.protected else ""]
+        rows.append([name, trained, words(method.start) or "W0", words(method.steps) or "adam",
+                     ", ".join(filter(None, extra)) or "-", method.source])
+    return markdown(["method", "trains", "start", "steps", "adds", "source"], rows)

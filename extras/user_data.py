@@ -1,0 +1,204 @@
+"""Users' own files: JSONL rows as task items, text files to pretrain on."""
+import functools
+import io
+import itertools
+import json
+import pathlib
+import re
+from dataclasses import replace
+
+import numpy as np
+
+import tasks
+from tasks import EOT, HELD_OUT, QUESTION, TEMPLATE, Item, final_number, fingerprint, response_row
+
+LONGEST_ROW, LONGEST_TEXT = 2 ** 20, 2 ** 22  # bytes, characters
+FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
+
+
+def open_file(path):
+    """A user's file, as bytes; ValueError if it is none. (Opening a pipe would wait for ever.)"""
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"{path} is missing, or not a file")
+    return open(path, "rb")
+
+
+def read_text(path):
+    """A text file's first LONGEST_TEXT characters: more than any evaluation asks for."""
+    with io.TextIOWrapper(open_file(path), "utf8", "replace") as f:
+        return f.read(LONGEST_TEXT)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tasks from JSONL files
+
+def load_items(task, split, count, skip_bad=False):
+    """`count` items of a split of a task made in tasks.py, or of a JSONL file as many as it has: its
+    last fifth, at most 2 HELD_OUT items, is held out."""
+    if not task.endswith(".jsonl"):
+        return tasks.task_items(task, split, count)
+    items = file_items(task, skip_bad)
+    half = min(HELD_OUT, len(items) // 10)
+    if not half:
+        raise ValueError(f"{task} has {len(items)} items; at least 10 are needed, to learn from some "
+                         "and test on others")
+    splits = {"train": items[:-2 * half], "valid": items[-2 * half:-half], "test": items[-half:]}
+    return splits[split][:count]
+
+
+def normalize_answer(answer):
+    """TriviaQA's rules: ignore case, punctuation, articles and extra blanks."""
+    answer = re.sub(r"[^\w\s]|_", " ", answer.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", answer).split())
+
+
+def item_from_row(row):
+    """The Item of a JSONL row; ValueError says what is wrong with it. A question is checked by exact
+    match with any of its answers, an answer that ends in #### and a number by that number; all
+    others are scored by likelihood."""
+    found = [key for key in FIELDS if isinstance(row, dict) and {key, FIELDS[key]} <= row.keys()]
+    if not found:
+        raise ValueError(f"a row needs {', or '.join(' and '.join(pair) for pair in FIELDS.items())}")
+    key = found[0]
+    prompt, answers, given = row[key], row[FIELDS[key]], str(row.get("input") or "")
+    answers = answers if isinstance(answers, list) else [answers]
+    if not answers or not all(isinstance(t, str) and t.strip() for t in [prompt, *answers]):
+        raise ValueError(f"{key} and {FIELDS[key]} must be text that is not empty")
+    "".join([prompt, given, *answers]).encode()  # ValueError for half a surrogate pair
+    number, known = final_number(answers[0]), {normalize_answer(answer) for answer in answers}
+    check = ((lambda output: final_number(output) == number) if number is not None else
+             (lambda output: normalize_answer(output) in known) if key == "question" else None)
+    if key == "question":  # the blank before the answer is part of its first token
+        return Item(QUESTION.format(prompt).rstrip(), " " + answers[0].strip(), check)
+    if key == "instruction":
+        prompt = TEMPLATE.format(f"{prompt}\n{given}" if given else prompt)
+    return Item(prompt, answers[0].strip(), check)
+
+
+@functools.cache
+def file_items(path, skip_bad=False):
+    """The items of a JSONL file, in its order. ValueError names the first bad row by its line;
+    `skip_bad` leaves bad rows out and prints how many. Unless every item has a check, all are
+    scored by likelihood."""
+    items, bad, first = [], 0, ""
+    with open_file(path) as lines:
+        rows = iter(lambda: lines.readline(LONGEST_ROW), b"")
+        for number, line in enumerate(rows, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                continue
+            try:
+                if len(line) == LONGEST_ROW:
+                    while not line.endswith(b"\n") and (line := lines.readline(LONGEST_ROW)):
+                        pass
+                    raise ValueError(f"a row must be shorter than {LONGEST_ROW:,} bytes")
+                items.append(replace(item_from_row(json.loads(line)), where=where))
+            except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, not a task's row
+                bad, first = bad + 1, first or f"{where}: {error}"
+    if bad and not skip_bad:
+        raise ValueError(f"{first} ({bad} bad rows in all; --skip-bad leaves them out)")
+    if bad:
+        print(f"  {path}: {bad} bad rows left out, the first is {first}")
+    return items if all(i.check for i in items) else [replace(i, check=None) for i in items]
+
+
+def drop_long_items(items, encoding, length, skip_bad=False):
+    """(items, token rows) that fit a context of `length`; ValueError names the first that does not,
+    unless `skip_bad` leaves such items out."""
+    rows = [response_row(item, encoding) for item in items]
+    fits = [len(tokens) <= length + 1 for tokens, _ in rows]
+    if not all(fits):
+        i, long = fits.index(False), fits.count(False)
+        if not skip_bad or long == len(items):
+            raise ValueError(f"{items[i].where or repr(items[i].prompt)}: {len(rows[i][0])} tokens "
+                             f"do not fit the context of {length} ({long} such items; --skip-bad "
+                             "leaves them out)")
+        print(f"  {long} of {len(items)} items do not fit the context of {length} and are left out")
+    return [list(itertools.compress(column, fits)) for column in (items, rows)]
+
+
+def evaluation_items(task, split, count=HELD_OUT, target=None, files=(), skip_bad=False,
+                     config=None):
+    """{"target" or kind: [Item]}, up to `count` items per kind. Files for the target and to be kept
+    replace what the task itself has. With a config, items that do not fit its context are refused
+    or, with skip_bad, dropped."""
+    chosen = (file_items(target, skip_bad) if target
+              else load_items(task, split, HELD_OUT, skip_bad))
+    names = ["target", *(pathlib.Path(file).stem for file in files)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"keep names files {', '.join(names[1:])}; each needs a name of its own, "
+                         "other than target")
+    keep = ({pathlib.Path(file).stem: file_items(file, skip_bad)[:count]
+             for file in files if file.endswith(".jsonl")} if files else
+            {kind: tasks.kept_items(kind, split, count) for kind in tasks.KEPT.get(task, tasks.KINDS)})
+    items = {"target": chosen[:count], **keep}
+    if config:
+        encoding = tasks.get_encoding(config.encoding)
+        items = {kind: drop_long_items(chosen, encoding, config.block_size, skip_bad)[0]
+                 for kind, chosen in items.items()}
+    return items
+
+
+def read_texts(files):
+    """{name: text} of the .txt files among `files`; None where there is none."""
+    return {pathlib.Path(f).stem: read_text(f) for f in files if f.endswith(".txt")} or None
+
+
+# ------------------------------------------------------------------------------------------------
+# Text to pretrain on
+
+class TextFiles:
+    """Training rows from text files of any size, drawn from a file of their tokens: neither the
+    tokens nor the text are in memory as a whole. ValueError names a missing or empty file."""
+    PIECE = 2 ** 16  # characters
+
+    def __init__(self, files, encoding, folder):
+        for file in files:
+            if not (pathlib.Path(file).is_file() and pathlib.Path(file).stat().st_size):
+                raise ValueError(f"data names {file}, which is missing, empty or not a file")
+        self.files, self.encoding, self.eot = files, encoding, encoding.eot_token
+        self.path = pathlib.Path(folder) / f"tokens-{self.fingerprint()}.bin"
+
+    def pieces(self):
+        """The text in pieces that end with a line, unless it is too long; "" before each file."""
+        for file in self.files:
+            yield ""
+            with open(file, encoding="utf8", errors="replace") as f:
+                while piece := f.read(self.PIECE) + f.readline(self.PIECE):
+                    yield piece
+
+    @functools.cache
+    def fingerprint(self):
+        return fingerprint(itertools.chain([self.encoding.name], self.pieces()))
+
+    def write(self, f):
+        """Write the tokens, two bytes each; <|endoftext|> precedes each file and each document."""
+        for piece in self.pieces():
+            tokens = [self.eot] if not piece else []
+            for number, document in enumerate(piece.split(EOT)):
+                tokens += [self.eot] if number else []
+                # for bytes, encode() is the tokenizer, only faster
+                tokens += (list(document.encode()) if self.encoding.name == "bytes"
+                           else self.encoding.encode_ordinary(document))
+            f.write(np.array(tokens, dtype=np.uint16).tobytes())
+
+    @functools.cached_property
+    def ends(self):
+        """Tokens that end a line or a file: a row may start after one of them."""
+        return [t for t in range(self.encoding.n_vocab)
+                if t == self.eot or self.encoding.decode_bytes([t]).endswith(b"\n")]
+
+    def row(self, rng, length):
+        """`length` tokens, first <|endoftext|>, then text from the start of the line that holds a
+        random position (or from that position, where the line started long before)."""
+        tokens = np.memmap(self.path, np.uint16, "r")  # opened anew: a map keeps what it has read
+        last = len(tokens) - length
+        if last < 0:
+            raise ValueError(f"data has {len(tokens):,} tokens; a row takes {length}: give more "
+                             "text, or a smaller --context")
+        place = rng.randrange(last + 1)
+        first = max(0, place - length)
+        near = tokens[first:place + 2]
+        ends = np.flatnonzero(np.isin(near[:-1], self.ends) & (near[1:] != self.eot))
+        start = 1 + (first + int(ends[-1]) if len(ends) else place)
+        return [self.eot] + tokens[start:start + length - 1].tolist()
