@@ -39,7 +39,7 @@ DECODING = [(0.70, (1.0, 1.0, 0)),
 # App. B.4's filters, set for a model of bytes; the paper's 0.12 and 256 are for BPE tokens
 FILTERS = {"min_tokens": (32, "reject shorter samples"),
            "max_run": (20, "reject runs of this many equal tokens"),
-           "min_unique": (0.08, "least share of unique tokens; 128 bytes of real text have 0.13 to 0.3"),
+           "min_unique": (0.08, "least share of unique tokens; real text has 0.13 to 0.3"),
            "unique_from": (128, "that share counts from this length"),
            "min_unique_fours": (0.25, "least share of unique 4-grams"),
            "fours_from": (96, "that share counts from this length")}
@@ -54,7 +54,7 @@ def longest_run(tokens):
 
 
 def rejection(tokens, seen, limits):
-    """Why a sample is rejected (App. B.4), or None. `seen` collects the hashes of earlier samples."""
+    """Why a sample is rejected (App. B.4), or None. `seen` holds the hashes of earlier samples."""
     digest, length = hashlib.sha1(str(tokens).encode()).digest(), len(tokens)
     if digest in seen:
         return "duplicate"
@@ -73,7 +73,8 @@ def rejection(tokens, seen, limits):
 
 def draw_decoding(rng, rows, model):
     """(temperature, top_p, top_k), each (rows,): one setting of DECODING for each row."""
-    drawn = rng.choices([setting for _, setting in DECODING], [share for share, _ in DECODING], k=rows)
+    shares, settings = zip(*DECODING)
+    drawn = rng.choices(settings, shares, k=rows)
     temperature, top_p, top_k = (torch.tensor(column, device=model.lm_head.weight.device)
                                  for column in zip(*drawn))
     return temperature, top_p, torch.where(top_k == 0, model.config.vocab_size, top_k)
@@ -98,9 +99,9 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 
     while len(accepted) < count:
         if tries >= 4 * count + batch * world:
-            raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in {tries} "
-                             f"tries (rejected: {dict(rejected)}); ask for fewer with --samples, "
-                             "loosen the filters, or train the foundation longer")
+            raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in "
+                             f"{tries} tries (rejected: {dict(rejected)}); ask for fewer with "
+                             "--samples, loosen the filters, or train the foundation longer")
         decoding = draw_decoding(rng, batch, model)
         new = generate(model, [[eot]] * batch, max_new, [eot], decoding, min_new, generator, tick)
         for tokens in all_gather(new):
@@ -119,6 +120,9 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 def batches_of(model, rows, batch):
     """Inputs x and targets y, each (B, T), of token rows; y is -100 on padding. Rows of similar
     length share a batch, and each process takes its part of the rows."""
+    if sum(map(len, rows)) < 4 * model.config.n_embd:
+        print("  warning: these texts have fewer tokens than the widest layer has inputs, so its "
+              "moment is singular; τ carries the missing directions")
     rows = shard(sorted(rows, key=len))
     progress = Progress("measuring", len(rows))
     for first in range(0, len(rows), batch):
@@ -157,12 +161,12 @@ def second_moments(model, rows, batch=64, moments_device=None):
 
 
 def gradient_moments(model, rows, batch=32, moments_device=None):
-    """{layer: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` that have a next token, δ
-    the gradient of the rows' summed loss (nats) at the layer's output; see `kl_penalty`."""
+    """{layer: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` that have a next token,
+    δ the gradient of the rows' summed loss (nats) at the layer's output; see `kl_penalty`."""
     layers, c = block_linears(model), model.config
     moments = {name: SecondMoment(layer.out_features, moments_device or model.lm_head.weight.device)
                for name, layer in layers.items()}
-    batch = max(1, min(batch, 2 ** 26 // (c.block_size * c.vocab_size)))  # bounds the logits' memory
+    batch = max(1, min(batch, 2 ** 26 // (c.block_size * c.vocab_size)))  # bounds logits' memory
     model.requires_grad_(False)
     for x, y in batches_of(model, rows, batch):
         mask = y != -100
@@ -184,21 +188,20 @@ def gradient_moments(model, rows, batch=32, moments_device=None):
 
 def own_samples(args, model):
     """`args.samples` texts that the model writes, as token lists without <|endoftext|>."""
-    samples, rejected = sample_proxy(model, args.samples,
-                                     tasks.get_encoding(model.config.encoding).eot_token,
-                                     {key: getattr(args, key) for key in FILTERS}, args.min_new,
+    eot, limits = tasks.get_encoding(model.config.encoding).eot_token, vars(args)
+    samples, rejected = sample_proxy(model, args.samples, eot, limits, args.min_new,
                                      args.max_new or model.config.block_size, args.seed)
-    print(f"  accepted {len(samples)}, rejected {sum(rejected.values())}: {dict(rejected) or 'none'}")
+    print(f"  accepted {len(samples)}, rejected {sum(rejected.values())} {dict(rejected) or ''}")
     return samples
 
 
 def proxy(args, model, foundation, source="own", write=own_samples):
     """What out/proxy.pt holds, built unless it is up to date: "samples" (N, longest) int32, padded
     with -1; "C_pre" {layer: (d_in, d_in)}; "S_pre" {layer: (d_out, d_out)}."""
-    settings = dict(foundation=foundation, source=source, samples=args.samples,
+    settings = dict(foundation=foundation, source=source,
                     limits={key: getattr(args, key) for key in FILTERS},
-                    fisher_samples=args.fisher_samples, min_new=args.min_new, max_new=args.max_new,
-                    seed=args.seed)
+                    **{key: getattr(args, key) for key in
+                       ("samples", "fisher_samples", "min_new", "max_new", "seed")})
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
 
     def build():
@@ -208,9 +211,8 @@ def proxy(args, model, foundation, source="own", write=own_samples):
         for tokens in samples[:4]:
             print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))
         rows = [[encoding.eot_token] + tokens for tokens in samples]
-        warn_if_few(rows, model, "samples")
-        padded = pad_sequence([torch.tensor(s, dtype=torch.int32) for s in samples], True, -1)
-        return {"samples": padded,
+        tensors = [torch.tensor(tokens, dtype=torch.int32) for tokens in samples]
+        return {"samples": pad_sequence(tensors, True, -1),
                 "C_pre": second_moments(model, [row[:length] for row in rows],
                                         moments_device=args.moments_device),
                 "S_pre": gradient_moments(model, rows[:args.fisher_samples],
@@ -218,12 +220,6 @@ def proxy(args, model, foundation, source="own", write=own_samples):
 
     build_if_stale(path, "proxy", settings, build)
     return load_measured(path, "proxy", "python calibrate.py", model)
-
-
-def warn_if_few(rows, model, name):
-    if sum(map(len, rows)) < 4 * model.config.n_embd:
-        print(f"  warning: the {name} have fewer tokens than the widest layer has inputs, so its "
-              "moment is singular; τ carries the missing directions")
 
 
 def calibrate(args, source="own", write=own_samples):
@@ -240,12 +236,11 @@ def calibrate(args, source="own", write=own_samples):
 
     def build():
         print(f"calibrate: {len(queries)} queries of {args.task} for C_task")
-        prompts = [([encoding.eot_token] + encoding.encode_ordinary(query))[:model.config.block_size]
-                   for query in queries]
-        warn_if_few(prompts, model, "queries")
+        prompts = [[encoding.eot_token] + encoding.encode_ordinary(query) for query in queries]
+        prompts = [tokens[:model.config.block_size] for tokens in prompts]
         C_task = second_moments(model, prompts, moments_device=args.moments_device)
-        layers = {name: {"C_pre": C_pre.cpu(), "C_task": C_task[name].cpu(),
-                         "S_pre": cached["S_pre"][name].cpu()} for name, C_pre in cached["C_pre"].items()}
+        layers = {name: {"C_pre": cached["C_pre"][name].cpu(), "C_task": C.cpu(),
+                         "S_pre": cached["S_pre"][name].cpu()} for name, C in C_task.items()}
         print(spectrum_table(layers))
         return {"layers": layers, "samples": cached["samples"]}
 

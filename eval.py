@@ -3,12 +3,11 @@
     python eval.py                   # pretrain, calibrate, adapt with three methods, evaluate
     python eval.py --task math       # the same on another task; finished stages are reused
 
-A target task is scored by its checker, kept knowledge by exact match, both on greedy answers (percent
-right); a file's items without a check by likelihood; held-out text in bits per byte (lower is better).
+A target task is scored by its checker, kept knowledge by exact match, both on greedy answers
+(percent right); a file's items without a check by likelihood; held-out text in bits per byte.
 Avg1 is the mean of the kept scores, Avg2 the target score, GM = √(Avg1·Avg2).
 """
 import math
-import pathlib
 import platform
 import shlex
 import time
@@ -34,7 +33,7 @@ METHODS = ["lora", "folora", "lora-kl-leading"]  # the main job's
 # Scores
 
 def answers(model, items, batch=200):
-    """The model's greedy answer to each item, up to the end of its line if no answer has several."""
+    """The model's greedy answer to each item, up to the end of its line if no answer has more."""
     encoding, outputs = tasks.get_encoding(model.config.encoding), [None] * len(items)
     stop = [encoding.eot_token]
     if not any("\n" in item.answer for item in items):
@@ -55,8 +54,8 @@ def answers(model, items, batch=200):
 
 
 def score_items(model, items):
-    """What `likelihood` returns; for items with a check also "score", percent right, and "wrong", up
-    to three examples."""
+    """What `likelihood` returns; for items with a check also "score", percent right, and "wrong",
+    up to three examples."""
     if not items[0].check:
         return likelihood(model, items)
     outputs = answers(model, items)
@@ -68,8 +67,8 @@ def score_items(model, items):
 
 @torch.inference_mode()
 def likelihood(model, items, batch=16):
-    """How likely the answers are: "nats" per token, "bits_per_byte", and as "score" the geometric mean
-    of the tokens' probabilities, 100 exp(-nats)."""
+    """How likely the answers are: "nats" per token, "bits_per_byte", and as "score" the geometric
+    mean of the tokens' probabilities, 100 exp(-nats)."""
     encoding = tasks.get_encoding(model.config.encoding)
     rows, nats, count = [tasks.response_row(item, encoding) for item in items], 0, 0
     for first in range(0, len(rows), batch):
@@ -88,7 +87,8 @@ def bits_per_byte(model, text, split, most):
     encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
     rows = tasks.held_out_rows(text, split, encoding, length + 1, most)
     if not rows:
-        raise ValueError(f"a text of {len(text):,} characters is too short for a row of {length} tokens")
+        raise ValueError(f"a text of {len(text):,} characters is too short for a row of {length} "
+                         "tokens")
     nats, size = 0, sum(len(encoding.decode_bytes(row[1:])) for row in rows)
     batch = max(1, 2 ** 26 // (length * model.config.vocab_size))  # bounds the logits' memory
     for chunk in torch.tensor(rows, device=model.lm_head.weight.device).split(batch):
@@ -97,24 +97,25 @@ def bits_per_byte(model, text, split, most):
 
 
 def evaluate(model, items, split, rows=256, text=None):
-    """Scores of a model on items {"target" or kind: [Item]} and on text {name: string} (default: the
-    held-out library text), and their averages."""
+    """Scores of a model on items {"target" or kind: [Item]} and on text {name: string} (default:
+    the held-out library text), and their averages."""
     text = text or {kind: tasks.library_text(kind)[1] for kind in tasks.LIBRARY}
     scores = {kind: score_items(model, chosen) for kind, chosen in items.items()}
     target = scores.pop("target")
     avg1 = sum(s["score"] for s in scores.values()) / len(scores) if scores else math.nan
     return {"target": target, "kept": scores,
-            "text": {name: bits_per_byte(model, content, split, rows) for name, content in text.items()},
+            "text": {name: bits_per_byte(model, t, split, rows) for name, t in text.items()},
             "Avg1": avg1, "Avg2": target["score"], "GM": math.sqrt(avg1 * target["score"])}
 
 
 def scores_of(path, model, items, args):
     """Scores of a model, cached as JSON at `path` while its weights and the items stay the same."""
+    content = (i.prompt + i.answer for chosen in items.values() for i in chosen)
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
-                "text": tasks.fingerprint(i.prompt + i.answer for chosen in items.values() for i in chosen),
-                "keep": tasks.fingerprint(map(read_text, args.keep)), "python": platform.python_version()}
-    return cached_json(path, identity, lambda: evaluate(model, items, args.split,
-                                                        text=read_texts(args.keep)))
+                "text": tasks.fingerprint(content), "python": platform.python_version(),
+                "keep": tasks.fingerprint(map(read_text, args.keep))}
+    return cached_json(path, identity,
+                       lambda: evaluate(model, items, args.split, text=read_texts(args.keep)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -126,10 +127,11 @@ def table(results):
     head = ["", f"target (n {first['target']['n']})",
             *(f"{kind} ({kept['n']})" for kind, kept in first["kept"].items()),
             *(f"{name} b/B" for name in first["text"]), "Avg1", "Avg2", "GM"]
-    return markdown(head, [
-        [name, f"{r['target']['score']:.1f}", *(f"{kept['score']:.1f}" for kept in r["kept"].values()),
-         *(f"{text['score']:.2f}" for text in r["text"].values()),
-         *(f"{r[key]:.1f}" for key in ("Avg1", "Avg2", "GM"))] for name, r in results.items()])
+    rows = [[name, f"{r['target']['score']:.1f}",
+             *(f"{kept['score']:.1f}" for kept in r["kept"].values()),
+             *(f"{text['score']:.2f}" for text in r["text"].values()),
+             *(f"{r[key]:.1f}" for key in ("Avg1", "Avg2", "GM"))] for name, r in results.items()]
+    return markdown(head, rows)
 
 
 def print_wrong(name, scores):
@@ -142,7 +144,7 @@ def print_wrong(name, scores):
 # The main job
 
 def main_job(args):
-    """Run every stage that is not up to date, then print the table; returns {model name: scores}."""
+    """Run every stage that is not up to date, print the table; returns {model name: scores}."""
     began, device, out = time.time(), pick_device(), ["--out", args.out]
     # parse all stages' options and read the user's files first: mistakes show before any work
     evaluation_items(args.task, args.split, 1, args.eval, args.keep, args.skip_bad)
@@ -157,7 +159,8 @@ def main_job(args):
     def stage(title):
         print(f"\n== {title} ({time.time() - began:.0f} s) ==", flush=True)
 
-    print(f"{describe_machine(device)}; Python {platform.python_version()}, torch {torch.__version__}")
+    print(f"{describe_machine(device)}; Python {platform.python_version()}, torch "
+          f"{torch.__version__}")
     stage("pretrain: the foundation")
     train.pretrain(pretrain)
     stage("calibrate: what the foundation uses, what the task uses")
@@ -168,17 +171,17 @@ def main_job(args):
         runs[run.method] = train.adapt(run)
     stage(f"evaluate on {args.split} items")
     foundation, _ = load_foundation(args.out, device)
-    items = evaluation_items(args.task, args.split, tasks.HELD_OUT, args.eval, args.keep, args.skip_bad,
-                             foundation.config)
-    folder = task_folder(args)
-    results = {"foundation": scores_of(folder / f"foundation-{args.split}.json", foundation, items, args)}
-    for method, path in runs.items():
-        results[method] = scores_of(path.with_name(f"{args.split}.json"),
-                                    load_adapter(path, args.out, device), items, args)
+    items = evaluation_items(args.task, args.split, tasks.HELD_OUT, args.eval, args.keep,
+                             args.skip_bad, foundation.config)
+    folder, results = task_folder(args), {}
+    for name, path in {"foundation": folder / f"foundation-{args.split}.json", **runs}.items():
+        model = load_adapter(path, args.out, device) if name in runs else foundation
+        path = path.with_name(f"{args.split}.json") if name in runs else path
+        results[name] = scores_of(path, model, items, args)
     for name, scores in results.items():
         print_wrong(name, scores)
-    print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is better) on "
-          f"held-out text\n\n{table(results)}\n")
+    print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is "
+          f"better) on held-out text\n\n{table(results)}\n")
     write_json(folder / f"results-{args.split}.json", results)
     print(f"{folder / f'results-{args.split}.json'} written; {time.time() - began:.0f} s in all on "
           f"{describe_machine(device)}")
@@ -191,8 +194,8 @@ def parser():
     p.add_argument("--eval", metavar="FILE",
                    help="a .jsonl file to test the task on; default: held-out items of the task")
     p.add_argument("--keep", metavar="FILE", action="append", default=[],
-                   help="a .jsonl file of items, or a .txt file, that must not be forgotten, instead "
-                        "of the task's own; may be given several times")
+                   help="a .jsonl file of items, or a .txt file, that must not be forgotten, "
+                        "instead of the task's own; may be given several times")
     p.add_argument("--methods", nargs="+", default=METHODS, help="methods to adapt with")
     p.add_argument("--split", default="test", choices=["valid", "test"],
                    help="valid: for choosing settings; test: for reporting")

@@ -4,9 +4,9 @@ Foundation-Preserving LoRA, arXiv 2606.00132; equation numbers are the paper's. 
 one optimizer.
 
 A linear layer W0 (d_out, d_in) reads inputs x (d_in,). On text that the base model wrote itself,
-C_pre = E[x xᵀ] says how strongly each input direction is used; on the task's queries C_task says the
-same. An update ΔA (r, d_in) of LoRA's factor A moves the layer's output by B ΔA x, so its rows should
-lie where C_task is large and C_pre is small:
+C_pre = E[x xᵀ] says how strongly each input direction is used; on the task's queries C_task says
+the same. An update ΔA (r, d_in) of LoRA's factor A moves the layer's output by B ΔA x, so its rows
+should lie where C_task is large and C_pre is small:
 
     forgetting penalty   R(ΔA) = Tr(ΔA H ΔAᵀ),   H = C_pre + τI                        (Eq. 6)
     task utility         U(ΔA) = Tr(ΔA C_task ΔAᵀ)
@@ -55,7 +55,7 @@ class SecondMoment:
 
 
 def normalise(C_pre, C_task):
-    """Divide both moments by tr(C_pre)/d_in, the mean square of an input on the base model's text."""
+    """Divide both moments by tr(C_pre)/d_in, an input's mean square on the base model's text."""
     mean_square = C_pre.diagonal().mean()
     if not 0 < mean_square < math.inf:
         raise ValueError(f"C_pre has a mean diagonal of {mean_square}; a layer whose input is zero "
@@ -77,7 +77,7 @@ def task_utility(dA, C_task):
 
 
 def rayleigh_quotient(v, C_task, H):
-    """ρ(v) = vᵀC_task v / vᵀHv: utility per unit of penalty of each direction v (..., d_in) -> (...)."""
+    """ρ(v) = vᵀC_task v / vᵀHv: utility per penalty of each direction v (..., d_in) -> (...)."""
     return ((v @ C_task) * v).sum(-1) / ((v @ H) * v).sum(-1)
 
 
@@ -96,7 +96,7 @@ def whiten(C, L):
 
 
 def generalized_eigh(C_task, H):
-    """Solve C_task v = γ H v in float64 for symmetric (d, d) C_task and positive definite H (Eq. 17).
+    """Solve C_task v = γ H v in float64, for symmetric (d, d) C_task, positive definite H (Eq. 17).
 
     With H = LLᵀ this is the symmetric problem of M = L⁻¹ C_task L⁻ᵀ = QΓQᵀ, and V = L⁻ᵀQ. (The
     paper whitens with H^-½, which gives the same eigenvectors up to a rotation within equal γ;
@@ -194,8 +194,8 @@ class SAdam(torch.optim.Optimizer):
     """Spectral-gated Adam (Eq. 18-24) for the matrices that have a basis; AdamW for all others.
 
     params:       parameters or parameter groups, as for any torch optimizer.
-    spectral:     {A: (basis V (d_in, k), gate s̃ (k,))} for LoRA factors A (r, d_in) or full weights
-                  (d_out, d_in). With k < d_in, A moves in those k directions alone.
+    spectral:     {A: (basis V (d_in, k), gate s̃ (k,))} for LoRA factors A (r, d_in), or for full
+                  weights (d_out, d_in). With k < d_in, A moves in those k directions alone.
                   Without any entry this is `torch.optim.AdamW`.
     basis_dtype:  dtype in which the bases are kept and multiplied; default: each parameter's own.
     lr, betas, eps, weight_decay (decoupled): as for AdamW.

@@ -24,16 +24,17 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 4
     n_embd: int = 128
-    gelu: str = "none"       # exact; or GPT-2's "tanh", equal to 0.001 and four times slower on a CPU
+    gelu: str = "none"       # exact; or GPT-2's "tanh", equal to 0.001, 4 times slower on a CPU
     encoding: str = "bytes"  # what a token is: see tasks.get_encoding
 
     def __post_init__(self):
         for name in "block_size", "vocab_size", "n_layer", "n_head", "n_embd":
             value, most = getattr(self, name), 1000 if name == "n_layer" else 2 ** 20
             if type(value) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number from 1 to {most:,}")
+                raise ValueError(f"{name} is {value!r}; it must be an integer from 1 to {most:,}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"width is {self.n_embd}; it must be a multiple of heads, {self.n_head}")
+            raise ValueError(f"width is {self.n_embd}; it must be a multiple of heads, "
+                             f"{self.n_head}")
 
     @property
     def kv_shape(self):
@@ -48,13 +49,13 @@ class KVCache:
     def __init__(self, config, rows, length, device, dtype):
         heads, channels = config.kv_shape
         shape = (rows, heads, length, channels)
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype)
+                                   for _ in range(config.n_layer)] for _ in range(2))
         self.used = length    # no row has tokens at or after this position
         self.aligned = False  # True if all rows have equal length: then writes are contiguous
 
     def update(self, layer, k, v, pos):
-        """Write k, v (B, nh, T, hs) at positions pos (B, T); return all so far, (B, nh, used, hs)."""
+        """Write k, v (B, nh, T, hs) at positions pos (B, T); return all, (B, nh, used, hs)."""
         rows = None if self.aligned else torch.arange(len(pos), device=pos.device)[:, None]
         for cached, new in (self.keys[layer], k), (self.values[layer], v):
             if self.aligned:
@@ -68,8 +69,8 @@ def causal_attention(q, k, v):
     """softmax(q kᵀ / √hs) v (B, nh, T, hs); a token attends to itself and to those before it."""
     if q.device.type != "cpu" or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # by hand, 256 queries at a time: the CPU's fused kernel is three times slower in bf16. ([0] stands
-    # for a single chunk, because a range over a compiled T would recompile the block for every T.)
+    # by hand, 256 queries at a time: the CPU's fused kernel is three times slower in bf16. ([0] is
+    # a single chunk: a range over a compiled T would recompile the block for every T.)
     out, (T, hs) = [], q.shape[-2:]
     for first in range(0, T, 256) if T > 256 else [0]:
         last = min(first + 256, T)
@@ -179,9 +180,9 @@ class GPT(nn.Module):
 # Generate
 
 def filter_top_k_top_p(logits, temperature, top_p, top_k):
-    """Divide logits (B, vocab) by the temperature, then keep the top_k likeliest tokens and of these
-    the fewest that hold a probability of top_p; the others become -inf. Each setting is a tensor
-    (B,), so every row may have its own."""
+    """Divide logits (B, vocab) by the temperature, then keep the top_k likeliest tokens and of
+    these the fewest that hold a probability of top_p; the others become -inf. Each setting is a
+    tensor (B,), so every row may have its own."""
     logits = logits / temperature[:, None]
     cut = ((top_p < 1) | (top_k < logits.shape[-1])).nonzero()[:, 0]  # sorting is slow: only these
     ranked, order = logits[cut].sort(dim=-1, descending=True)
@@ -252,8 +253,8 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
 class LoRALinear(nn.Module):
     """W = W_res + κBA: a frozen weight (d_out, d_in), B (d_out, r), A (r, d_in), κ = scale.
 
-    A0 and B0 are the starting values of A and B, and W_res = W0 - κB0A0: the layer starts as exactly
-    the function it was. Protected directions U (d_out, k), V (d_in, k), orthonormal columns, are
+    A0 and B0 are the starting values of A and B, and W_res = W0 - κB0A0: the layer starts as the
+    function it was. Protected directions U (d_out, k), V (d_in, k), orthonormal columns, are
     projected out: (I - UUᵀ) BA (I - VVᵀ).
     """
 
@@ -261,13 +262,15 @@ class LoRALinear(nn.Module):
         super().__init__()
         d_out, d_in = linear.weight.shape
         if not 1 <= r <= min(d_in, d_out):
-            raise ValueError(f"rank is {r}; a layer of {d_out} x {d_in} takes 1 to {min(d_in, d_out)}")
+            raise ValueError(f"rank is {r}; a layer of {d_out} x {d_in} takes 1 to "
+                             f"{min(d_in, d_out)}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale is {scale}; κ must be a positive number")
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
-        for name, shape in ("A", (r, d_in)), ("B", (d_out, r)):
-            self.register_parameter(f"lora_{name}", nn.Parameter(self.weight.new_zeros(shape)))
-            self.register_buffer(f"lora_{name}0", self.weight.new_zeros(shape))
+        self.lora_A = nn.Parameter(self.weight.new_zeros(r, d_in))
+        self.lora_B = nn.Parameter(self.weight.new_zeros(d_out, r))
+        self.register_buffer("lora_A0", self.weight.new_zeros(r, d_in))
+        self.register_buffer("lora_B0", self.weight.new_zeros(d_out, r))
         self.register_buffer("lora_U", None)
         self.register_buffer("lora_V", None)
 
@@ -294,9 +297,8 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def init_from(self, A0, B0):
         """Start from A0 (r, d_in), B0 (d_out, r) and subtract κB0A0 from the frozen weight."""
-        for p, value in ((self.lora_A, A0), (self.lora_B, B0),
-                         (self.lora_A0, A0), (self.lora_B0, B0)):
-            p.copy_(value)
+        self.lora_A.copy_(A0), self.lora_A0.copy_(A0)
+        self.lora_B.copy_(B0), self.lora_B0.copy_(B0)
         self.weight -= self.scale * self.lora_B0 @ self.lora_A0
 
     @torch.no_grad()

@@ -28,7 +28,7 @@ from extras.machine import describe as describe_machine
 from extras.muon import Muon
 from extras.user_data import TextFiles, drop_long_items, load_items
 from folora import SAdam, solve_layer
-from model import GPT, GPTConfig, LoRALinear, add_lora, block_linears
+from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
 PRETRAIN = {  # option: (default, help)
@@ -62,7 +62,7 @@ def learning_rate(step, steps, warmup, shape):
 
 
 def loss_of(model, x, y):
-    """Mean cross-entropy in nats of targets y (B, T), given inputs x (B, T); -100 does not count."""
+    """Mean cross-entropy in nats of targets y (B, T) given inputs x (B, T); -100 is no target."""
     counted, W = y != -100, model.lm_head.weight
     with autocast(x.device):
         h, targets = model.features(x, only=counted), y[counted]  # (n, C), (n,)
@@ -89,10 +89,10 @@ def backward(model, x, y, penalty, parts=1):
     return total
 
 
-def training_loop(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03, clip=1.0,
-                  after=None, penalty=lambda: 0, parts=1):
-    """Run settings["steps"] steps on batch(step) -> (x, y), each (B, T) on the CPU; returns the loss
-    of each step, in nats, with penalty() added. after(steps done) is called after each step.
+def training_loop(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03,
+                  clip=1.0, after=None, penalty=lambda: 0, parts=1):
+    """Run settings["steps"] steps on batch(step) -> (x, y), each (B, T) on the CPU; returns each
+    step's loss in nats, with penalty() added. after(steps done) is called after each step.
 
     Batches depend on the step alone, so an interrupted run continues exactly from `partial`, which
     is saved every SAVE_EVERY seconds (on a GPU up to rounding: its attention is not repeatable).
@@ -115,8 +115,8 @@ def training_loop(model, optimizers, batch, settings, partial, shape="cosine", w
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
             losses.append(loss.item())
             if not math.isfinite(losses[-1] + norm.item()):
-                raise ValueError(f"loss or gradient is not finite at step {step + 1}; try a smaller "
-                                 f"--lr than {settings['lr']}")
+                raise ValueError(f"loss or gradient is not finite at step {step + 1}; try a "
+                                 f"smaller --lr than {settings['lr']}")
             for optimizer in optimizers:
                 optimizer.step()
             if after:
@@ -156,8 +156,8 @@ def load_resume_state(partial, settings, trained, optimizers):
 # pretrain
 
 def pretrain(args):
-    """Train the foundation on the mixture of `tasks.py` or on text files, unless out/foundation.pt is
-    up to date. Or import GPT-2's weights as the foundation."""
+    """Train the foundation on the mixture of `tasks.py` or on text files, unless out/foundation.pt
+    is up to date. Or import GPT-2's weights as the foundation."""
     path, device = pathlib.Path(args.out) / "foundation.pt", pick_device()
     if args.foundation != "tiny":
         model = gpt2.from_gpt2(*gpt2.read_gpt2(args.foundation))
@@ -166,12 +166,14 @@ def pretrain(args):
     encoding = tasks.get_encoding(args.encoding)
     text = (TextFiles(args.data, encoding, args.out) if args.data
             else tasks.PretrainingMixture(encoding))
-    config = dict(block_size=args.context, n_layer=args.layers, n_head=args.heads, n_embd=args.width)
+    config = dict(block_size=args.context, n_layer=args.layers, n_head=args.heads,
+                  n_embd=args.width)
     if args.encoding != "bytes":
         config |= dict(vocab_size=encoding.n_vocab, encoding=args.encoding)
     GPTConfig(**config)  # refuses what does not fit before any work
     settings = dict(config=config, precision=precision(device), text=text.fingerprint(),
-                    **{key: getattr(args, key) for key in ("steps", "batch", "lr", "muon_lr", "seed")})
+                    steps=args.steps, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
+                    seed=args.seed)
 
     def batch(step):
         rng = random.Random(f"pretrain {args.seed} {step}")
@@ -184,18 +186,19 @@ def pretrain(args):
         barrier()
         torch.manual_seed(args.seed)
         model = maybe_compile(GPT(GPTConfig(**config)).to(device), args.compile)
-        print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} steps "
-              f"of {args.batch} x {args.context} tokens on {describe_machine(device)}")
-        losses = training_loop(model, pretraining_optimizers(model, args.lr, args.muon_lr), batch,
-                               settings, path.with_suffix(".partial"), "linear", parts=args.accumulate)
+        print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} "
+              f"steps of {args.batch} x {args.context} tokens on {describe_machine(device)}")
+        optimizers = pretraining_optimizers(model, args.lr, args.muon_lr)
+        losses = training_loop(model, optimizers, batch, settings, path.with_suffix(".partial"),
+                               "linear", parts=args.accumulate)
         return {"losses": losses, "model": model.state_dict()}
 
     build_if_stale(path, "foundation", settings, build)
 
 
 def pretraining_optimizers(model, lr, muon_lr):
-    """Muon for the blocks' matrices, AdamW for the rest: with AdamW alone, the same 3.3 million tokens
-    teach 12 % of the facts instead of 99 %."""
+    """Muon for the blocks' matrices, AdamW for the rest: with AdamW alone, 3.3 million tokens teach
+    12 % of the facts instead of 99 %."""
     matrices = [linear.weight for linear in block_linears(model).values()]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
     dtype = getattr(torch, precision(matrices[0].device))
@@ -221,6 +224,8 @@ def adapt(args, methods=METHODS, loop=training_loop):
     # 1. Load the task, the foundation, and what was measured on both texts.
     device, (args.method, method) = pick_device(), find_method(args.method, methods)
     args.lr = method.lr if args.lr is None else args.lr
+    if args.basis_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"basis_dtype is {args.basis_dtype!r}; it must be float32 or bfloat16")
     items = load_items(args.task, "train", args.examples, args.skip_bad)
     model, foundation = load_foundation(args.out, device)
     calibration = load_calibration(args, model, foundation) if method.needs_calibration else None
@@ -232,8 +237,8 @@ def adapt(args, methods=METHODS, loop=training_loop):
     path = run_folder(args) / "adapter.pt"
 
     def build():
-        print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate {args.lr:g}, "
-              f"{args.steps} steps on {describe_machine(device)}")
+        print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate "
+              f"{args.lr:g}, {args.steps} steps on {describe_machine(device)}")
         # 2. For each layer: solve for its directions, choose its start and its basis.
         maybe_compile(model, args.compile)
         layers = add_lora(model, args.rank, args.scale) if method.start else block_linears(model)
@@ -274,8 +279,8 @@ def start_layer(name, layer, method, moments, args, generator):
     if method.protected:
         U, V = method.protected(W0)
         if U.shape[1] >= min(W0.shape):
-            raise ValueError(f"{args.method} protects {U.shape[1]} directions of {name}, all that its "
-                             f"{tuple(W0.shape)} have; use a wider foundation")
+            raise ValueError(f"{args.method} protects {U.shape[1]} directions of {name}, all that "
+                             f"its {tuple(W0.shape)} have; use a wider foundation")
         layer.protect(U, V)
     return {trained: method.steps(m, args.lam, args.s_min)} if method.steps else {}
 
@@ -291,7 +296,8 @@ def task_batches(args, items, method, calibration, config):
     encoding, length = tasks.get_encoding(config.encoding), config.block_size
     _, rows = drop_long_items(items, encoding, length, args.skip_bad)
     if args.batch > len(rows):
-        raise ValueError(f"batch is {args.batch}; it must not exceed the {len(rows)} training items")
+        raise ValueError(f"batch is {args.batch}; it must not exceed the {len(rows)} training "
+                         "items")
     replayed = round(method.replay * args.batch)
     old = [([encoding.eot_token, *(t for t in sample.tolist() if t >= 0)][:length + 1], 1)
            for sample in (calibration["samples"] if replayed else [])]  # every token is a target
@@ -304,7 +310,7 @@ def task_batches(args, items, method, calibration, config):
 
 
 def run_folder(args):
-    """out/<task>/<method>-lr<lr>-seed<seed>, followed by the options that are not at their default."""
+    """out/<task>/<method>-lr<lr>-seed<seed>, followed by the options not at their default."""
     others = [f"-{key}{getattr(args, key)}" for key, (default, _) in ADAPT.items()
               if getattr(args, key) != default and key != "seed"]
     name = "".join([f"{args.method}-lr{args.lr:g}-seed{args.seed}", *others])
