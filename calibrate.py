@@ -227,6 +227,7 @@ def calibrate(args, source="own", write=own_samples):
 
     The texts for C_pre are what write(args, model) returns; `source` says whose they are.
     """
+    set_precision(args.precision)
     if not re.fullmatch(r"calibration[\w.-]*", args.name):
         raise ValueError(f"name is {args.name!r}; it must be like calibration or calibration-prose")
     queries = [item.prompt for item in load_items(args.task, "train", args.queries, args.skip_bad)]
@@ -268,9 +269,7 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    set_precision(args.precision)
-    calibrate(args)
+    calibrate(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

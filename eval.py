@@ -17,6 +17,7 @@ import torch
 import calibrate
 import tasks
 import train
+from extras.baselines import find_method
 from extras.cli import Parser, add_common, add_task, command
 from extras.files import (cached_json, fingerprint, load_adapter, load_foundation, task_folder,
                           write_json)
@@ -145,8 +146,10 @@ def print_wrong(name, scores):
 
 def main_job(args):
     """Run every stage that is not up to date, print the table; returns {model name: scores}."""
+    set_precision(args.precision)
     began, device, out = time.time(), pick_device(), ["--out", args.out]
     # parse all stages' options and read the user's files first: mistakes show before any work
+    args.methods = [find_method(name)[0] for name in args.methods]
     evaluation_items(args.task, args.split, 1, args.eval, args.keep, args.skip_bad)
     common = [*out, *(["--precision", args.precision] if args.precision else [])]
     task = ["--task", args.task, *(["--skip-bad"] if args.skip_bad else []), *common]
@@ -208,7 +211,6 @@ def parser():
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    set_precision(args.precision)
     for file in args.keep:
         if not file.endswith((".jsonl", ".txt")):
             raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")

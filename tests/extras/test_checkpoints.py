@@ -1,0 +1,58 @@
+"""A checkpoint is written whole or not at all, checked when it is read, and never executed."""
+import pathlib
+import pickle
+
+import pytest
+import torch
+
+from extras.files import fingerprint, load, save
+
+
+def test_a_fingerprint_sees_every_value_name_shape_and_type():
+    base = {"a": torch.arange(4.), "b": torch.ones(2, dtype=torch.bfloat16)}
+    others = [{**base, "a": torch.tensor([0., 1, 2, 3.0000002])}, {**base, "c": base["b"]},
+              {**base, "a": base["a"].view(2, 2)}, {**base, "a": base["a"].double()}]
+    assert len({fingerprint(t) for t in [base, *others]}) == 5
+    assert fingerprint(base) == fingerprint(dict(reversed(base.items())))
+
+
+def test_what_is_saved_is_loaded_and_what_is_broken_is_named(tmp_path):
+    """A truncated, foreign or executable file is refused with the command that makes a new one; a
+    save that fails leaves the former file."""
+    path = tmp_path / "folder" / "x.pt"
+    save(path, {"kind": "adapter", "t": torch.arange(3)})
+    assert load(path, "adapter", "")["t"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError,
+                       match="x.pt cannot be read .it is not a found.*python train.py pretrain"):
+        load(path, "foundation", "python train.py pretrain")
+    with pytest.raises(TypeError):
+        save(path, {"kind": "adapter", "t": (i for i in range(3))})
+    assert load(path, "adapter", "")["t"].tolist() == [0, 1, 2]
+    assert list(path.parent.iterdir()) == [path]
+    whole = path.read_bytes()
+    for broken in whole[:-50], whole[:10], b"", pickle.dumps({"kind": print}, protocol=2):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="cannot be read.*make it again with: python"):
+            load(path, "adapter", "python train.py adapt")
+    with pytest.raises(ValueError, match="is missing; make it with: python"):
+        load(tmp_path / "none.pt", "adapter", "python train.py adapt")
+
+
+class Bomb:
+    """What a hostile checkpoint holds: unpickling it runs a command."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("write, reason", [(torch.save, "checksum"), (save, "Weights only")])
+def test_loading_executes_nothing(tmp_path, write, reason):
+    """Whether its checksum fits or not."""
+    path, content = tmp_path / "x.pt", {"kind": "adapter", "t": Bomb(tmp_path / "executed")}
+    write(*((content, path) if write is torch.save else (path, content)))
+    with pytest.raises(ValueError, match=f"cannot be read.*{reason}"):
+        load(path, "adapter", "")
+    assert not (tmp_path / "executed").exists()
