@@ -53,9 +53,14 @@ def byte_encoding():
                              mergeable_ranks={bytes([i]): i for i in range(256)})
 
 
+ENCODINGS = {}  # {name: encoding} of foundations that hold their own tokenizer, once loaded
+
+
 @functools.cache
 def get_encoding(name):
-    """The encoding "bytes", or tiktoken's "gpt2", which is downloaded once."""
+    """The encoding "bytes", one of ENCODINGS, or tiktoken's "gpt2", which is downloaded once."""
+    if name in ENCODINGS:
+        return ENCODINGS[name]
     try:
         return byte_encoding() if name == "bytes" else tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken passes on whatever its download raises

