@@ -1,7 +1,8 @@
 """Everything that only a GPU can show, in order of worth, within a number of minutes.
 
-Each step is one or more subprocesses. Its result, or why it failed or was skipped, is written to
-gpu.json at once; the same command later does only what has no result yet.
+Each step runs in processes of its own, so that none holds memory which a later one needs. Its
+result, or why it failed or was skipped, is written to OUT/gpu/gpu.json at once; the same command
+later does only what has no result yet.
 """
 import json
 import os
@@ -16,12 +17,13 @@ import time
 import torch
 
 import train
-from extras.tables import markdown
-from extras.files import load, read_cached_json, write_json
+from extras.cli import command
+from extras.files import read_cached_json, write_json
 from extras.machine import describe, pick_device
-from study.speed import MICRO, ROWS
+from extras.tables import markdown
+from study.speed import MICRO
 
-ROOT = pathlib.Path(train.__file__).parent
+ROOT = pathlib.Path(train.__file__).parent.absolute()
 
 
 class Runner:
@@ -30,23 +32,23 @@ class Runner:
     def __init__(self, out, rehearse, deadline):
         self.out, self.rehearse, self.deadline = out, rehearse, deadline
         self.job = out / "main-job"  # the main job's results serve later steps
-        self.env = {**os.environ, "FOLORA_TEST_CUDA": "1"}
+        self.env = {**os.environ, "FOLORA_TEST_CUDA": "1",
+                    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}  # what --compile costs at first
         if rehearse:
             self.env |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1"}
 
-    def __call__(self, *command, statuses=(0,)):
-        """What `python *command` prints; ValueError if it fails or takes too long."""
-        process = subprocess.Popen([sys.executable, *map(str, command)], cwd=ROOT, env=self.env,
+    def __call__(self, *arguments, statuses=(0,)):
+        """What `python *arguments` prints; ValueError if it fails or takes too long."""
+        process = subprocess.Popen([sys.executable, *map(str, arguments)], cwd=ROOT, env=self.env,
                                    text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                                    start_new_session=True)
         try:
             output, _ = process.communicate(timeout=max(1, self.deadline - time.time()))
         except subprocess.TimeoutExpired:
-            raise ValueError(f"{command[:3]} did not finish in its time") from None
+            raise ValueError(f"{arguments[:3]} did not finish in its time") from None
         finally:
-            if process.poll() is None:  # its workers too
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate()
+            if process.poll() is None:
+                stop(process)
         if process.returncode not in statuses:
             raise ValueError(f"exit status {process.returncode}: {output[-2000:]}")
         return output
@@ -56,17 +58,31 @@ class Runner:
         return shlex.split(MICRO[f"--{stage}"]) if self.rehearse else []
 
 
+def stop(process):
+    """End a process and its workers. torchrun's are in groups of their own, which it ends itself
+    when it is asked to; nothing more is read, as a worker may hold the pipe open."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(5)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    process.stdout.close()
+
+
 # ------------------------------------------------------------------------------------------------
 # The steps: each takes a Runner and returns what is written to gpu.json
 
 def cuda_tests(run):
-    output = run("-m", "pytest", "-m", "cuda", "-v", "-rf", "-p", "no:cacheprovider",
+    """{test: "PASSED"}; a rehearsal runs the same tests' CPU variants."""
+    chosen = ["-k", "cpu"] if run.rehearse else ["-m", "cuda"]
+    output = run("-m", "pytest", *chosen, "-v", "-rf", "--tb=short", "-p", "no:cacheprovider",
                  "tests/test_cuda.py", statuses=(0, 1))
     found = dict(re.findall(r"::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", output))
-    if not found:
-        raise ValueError(f"pytest collected no test: {output[-2000:]}")
-    failed = "FAILED" in found.values() or "ERROR" in found.values()
-    return {**found, "output": output[-6000:]} if failed else found
+    if set(found.values()) != {"PASSED"}:
+        wrong = {name: status for name, status in found.items() if status != "PASSED"}
+        raise ValueError(f"{wrong or 'no test'} of {len(found)}: {output[-6000:]}")
+    return found
 
 
 def speed_row(row):
@@ -81,93 +97,125 @@ def speed_row(row):
 def quick_comparison(run):
     out, micro = run.out / "comparison", []
     if run.rehearse:
-        micro = ["--tasks", "code", "--methods", "lora", "folora", "--workers", "2",
+        micro = ["--tasks", "code", "--arms", "lora r8", "--workers", "2",
                  *(part for pair in MICRO.items() for part in pair)]
     run("-m", "study", "compare", "--quick", "--out", out, *micro)
-    return json.loads((out / "report.json").read_text())
+    return json.loads((out / "results.json").read_text())
 
 
-def adapting(run, *launcher, steps=200, options=()):
-    """{"seconds", "losses"} of `train.py adapt` in a process of its own."""
-    for stage, command in ("pretrain", ["train.py", "pretrain"]), ("calibrate", ["calibrate.py"]):
-        run(*command, "--out", run.job, *run.options(stage))  # up to date after the main job
-    command = ["adapt", "--task", "code", "--method", "folora", "--lr", "0.008", "--seed", "11",
-               "--out", str(run.job), *run.options("adapt"), *options, "--steps", str(steps)]
-    path = train.run_folder(train.parser().parse_args(command)) / "adapter.pt"
-    path.unlink(missing_ok=True)
-    began = time.time()
-    run(*launcher, "train.py", *command)
-    return {"seconds": time.time() - began, "losses": load(path, "adapter", "")["losses"]}
+def adapting(run, *launcher, options=()):
+    """What `timed_adapt` finds in 200 steps of FoLoRA in a process of its own."""
+    for stage, made, script in (("pretrain", "foundation.pt", ["train.py", "pretrain"]),
+                                ("calibrate", "code/calibration.pt", ["calibrate.py"])):
+        if not (run.job / made).exists():  # the main job makes both
+            run(*script, "--out", run.job, *run.options(stage))
+    path = run.out / "timed.json"
+    run(*launcher, "-m", "study.gpu", path, "adapt", "--task", "code", "--method", "folora",
+        "--seed", "11", "--out", run.job, *run.options("adapt"), *options)
+    return json.loads(path.read_text())
 
 
-def difference(a, b):
-    """Of two runs: the largest difference between their losses, in nats."""
-    return max(abs(x - y) for x, y in zip(a["losses"], b["losses"], strict=True))
+def timed_adapt(path, *arguments):
+    """`train.py *arguments` anew; each step's loss, the time of a step in the second half of them,
+    and how much longer the first half took go to the JSON file `path`."""
+    args, times = train.parser().parse_args(arguments), []
+
+    def loop(model, optimizers, batch, settings, partial, **options):
+        times.append(time.time())
+        losses = train.training_loop(model, optimizers, batch, settings, None, **options,
+                                     after=lambda step: times.append(time.time()))
+        half = len(losses) // 2
+        step = (times[-1] - times[half]) / (len(losses) - half)
+        write_json(path, {"losses": losses, "s per step": step,
+                          "s at first": times[half] - times[0] - half * step})
+        return losses
+
+    (train.run_folder(args) / "adapter.pt").unlink(missing_ok=True)
+    train.adapt(args, loop=loop)
+
+
+def beside(name, run, plain):
+    """A run beside the plain one: their times, and how far their losses (nats) are apart."""
+    return {**{f"{kind}, {key}": found[key] for kind, found in (("plain", plain), (name, run))
+               for key in ("s per step", "s at first")},
+            "largest difference of losses":
+                max(abs(a - b) for a, b in zip(run["losses"], plain["losses"], strict=True))}
 
 
 def torchrun(run):
     """One process under torchrun: NCCL on a GPU, Gloo on a CPU."""
-    alone = adapting(run)
-    joined = adapting(run, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=1")
-    return {"alone, s": alone["seconds"], "torchrun, s": joined["seconds"],
-            "largest difference of losses": difference(alone, joined)}
+    return beside("torchrun", adapting(run, "-m", "torch.distributed.run", "--standalone",
+                                       "--local-addr=127.0.0.1", "--nproc_per_node=1"),
+                  adapting(run))
 
 
 def compiled(run):
-    """Seconds per step with and without --compile, from runs of two lengths; and what it costs."""
-    short, long = (200, 1000) if not run.rehearse else (4, 8)
-    found = {name: [adapting(run, steps=n, options=options) for n in (short, long)]
-             for name, options in (("plain", []), ("compiled", ["--compile"]))}
-    return {**{f"{name}, s per step": (b["seconds"] - a["seconds"]) / (long - short)
-               for name, (a, b) in found.items()},
-            "more before the first step, s": found["compiled"][0]["seconds"]
-            - found["plain"][0]["seconds"],
-            "largest difference of losses": difference(found["plain"][0], found["compiled"][0])}
+    return beside("--compile", adapting(run, options=["--compile"]), adapting(run))
 
 
-STEPS = {  # name: (seconds it may take, function)
+STEPS = {  # name: (seconds it usually takes at most, function)
     "tests": (180, cuda_tests),
-    "main-job": (150, speed_row("main-job")),
-    **{f"speed {row}": (90, speed_row(row)) for row in ROWS
-       if row not in ("main-job", "memory", "growth")},
-    "speed memory": (60, speed_row("memory")),
+    **{f"speed {row}": (seconds, speed_row(row)) for row, seconds in {
+        "main-job": 150, "sadam": 60, "adapt": 90, "sampling": 150, "moments": 60, "eigen": 180,
+        "memory": 60}.items()},
     "comparison": (420, quick_comparison),
     "torchrun": (90, torchrun),
-    "compile": (240, compiled),
-    "speed growth": (240, speed_row("growth")),
-}
+    "compile": (180, compiled),
+    **{f"speed {row}": (seconds, speed_row(row)) for row, seconds in {  # without targets on a GPU
+        "sadam-tiny": 60, "pretrain": 60, "growth": 240}.items()}}
+
+
+# ------------------------------------------------------------------------------------------------
+
+def attempt(name, out, rehearse, left):
+    """Do a step within `left` seconds and twice its usual time; returns what gpu.json says of it."""
+    usual, step = STEPS[name]
+    if left < usual and not rehearse:
+        return {"skipped": f"may take {usual} s, {left:.0f} s were left"}
+    print(f"{name} ... ({left:.0f} s left)", flush=True)
+    began = time.time()
+    try:
+        found = {"result": step(Runner(out, rehearse, began + min(left, 2 * usual)))}
+    except Exception as error:  # recorded; the next step goes on
+        found = {"failed": f"{type(error).__name__}: {error}"}
+    return {"seconds": round(time.time() - began, 1), **found}
+
+
+def outcome(found):
+    """A cell of the table: done, with the references that were missing; or the end of an error."""
+    if "result" not in found:
+        return " ".join(list(found.values())[-1].split())[-90:]
+    missing = set(re.findall(r'"skipped: (needs [^"]+)', json.dumps(found["result"])))
+    return ", ".join(["done", *sorted(missing)])
 
 
 def gpu(args):
-    """Do the steps; each is given up after twice its usual time."""
+    """Do the steps that have no result yet, or args.only; print what became of all of them."""
     if args.rehearse:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif not torch.cuda.is_available():
         raise ValueError("no GPU is visible; --rehearse tries every step on the CPU")
-    began, out = time.time(), pathlib.Path(args.out).absolute()
-    identity = {"machine": describe(pick_device()), "torch": torch.__version__,
-                "rehearsal": args.rehearse}
-    steps = (read_cached_json(out / "gpu.json", identity) or {"steps": {}})["steps"]
+    began, folder = time.time(), "rehearsal" if args.rehearse else "gpu"
+    path = pathlib.Path(args.out).absolute() / folder / "gpu.json"
+    machine = "a rehearsal on a CPU" if args.rehearse else describe(pick_device())
+    identity = {"machine": machine, "torch": torch.__version__}
+    earlier = read_cached_json(path, identity)
+    if path.exists() and not earlier:
+        raise ValueError(f"{path} is not of {machine} with torch {torch.__version__}; move it away "
+                         "or choose another --out")
+    steps = earlier["steps"] if earlier else {}
     for name in args.only or STEPS:
-        usual, step = STEPS[name]
-        left = began + 60 * args.minutes - time.time()
-        if "result" in steps.get(name, {}) and not args.only:
-            continue
-        if left < usual and not args.rehearse:
-            steps[name] = {"skipped": f"may take {usual} s, {left:.0f} s were left"}
-        else:
-            print(f"{name} ... ({left:.0f} s left)", flush=True)
-            start = time.time()
-            try:
-                found = {"result": step(Runner(out, args.rehearse, start + min(left, 2 * usual)))}
-            except Exception as error:  # recorded; the next step goes on
-                found = {"failed": f"{type(error).__name__}: {error}"}
-            steps[name] = {"seconds": round(time.time() - start, 1), **found}
-        write_json(out / "gpu.json", {"identity": identity, "steps": steps})
-    rows = [[name, f"{found.get('seconds', 0):.0f}",
-             "done" if "result" in found else " ".join(list(found.values())[-1].split())[-90:]]
+        if args.only or "result" not in steps.get(name, {}):
+            left = began + 60 * args.minutes - time.time()
+            steps[name] = attempt(name, path.parent, args.rehearse, left)
+            write_json(path, {"identity": identity, "steps": steps})
+    rows = [[name, f"{found.get('seconds', 0):.0f}", outcome(found)]
             for name, found in steps.items()]
-    print(f"\n{identity['machine']}\n\n{markdown(['step', 's', ''], rows)}\n\n"
-          f"{out / 'gpu.json'} written")
-    if args.rehearse and any("failed" in found for found in steps.values()):
-        raise ValueError("the rehearsal failed; see above")
+    print(f"\n{machine}\n\n{markdown(['step', 's', ''], rows)}\n\n{path} written")
+    failed = [name for name, found in steps.items() if "failed" in found]
+    if failed:
+        raise ValueError(f"failed: {', '.join(failed)}; {path} says why")
+
+
+if __name__ == "__main__":  # for `adapting`
+    command(lambda: timed_adapt(pathlib.Path(sys.argv[1]), *sys.argv[2:]))
