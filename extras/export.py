@@ -7,7 +7,8 @@ import torch
 import tasks
 from extras.files import atomic_write, load_adapter, load_foundation
 from extras.gpt2 import gpt2_layout
-from model import LoRALinear, block_linears
+from extras.llama_weights import config_json
+from model import GPT, LoRALinear, block_linears
 
 
 def export(args):
@@ -18,8 +19,9 @@ def export(args):
     elif args.format == "merged":
         config, weights, stem = merged_files(load_adapter(path, args.out, "cpu"))
     else:
-        config, weights, stem = peft_files(load_adapter(path, args.out, "cpu", merge=False),
-                                           args.base, path)
+        model = load_adapter(path, args.out, "cpu", merge=False)
+        base = args.base or ("gpt2" if isinstance(model, GPT) else None)
+        config, weights, stem = peft_files(model, base, path)
     atomic_write(folder / f"{stem}.bin", lambda f: torch.save(weights, f))
     name = "adapter_config.json" if stem == "adapter_model" else "config.json"
     atomic_write(folder / name, lambda f: f.write(json.dumps(config, indent=2).encode()))
@@ -27,9 +29,12 @@ def export(args):
 
 
 def merged_files(model):
-    """(config.json, weights, file name) of a GPT in GPT-2's layout."""
+    """(config.json, weights, file name) of a GPT in GPT-2's layout, or of a Llama in its own."""
     c = model.config
     eot = tasks.get_encoding(c.encoding).eot_token
+    if not isinstance(model, GPT):
+        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
+        return config_json(c, eot), weights, "pytorch_model"
     return (dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
                  n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                  n_head=c.n_head, activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
@@ -55,5 +60,6 @@ def peft_files(model, base, path):
     targets = sorted({name.split(".")[-1] for name in layers})
     return (dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=r,
                  lora_alpha=r, target_modules=targets, lora_dropout=0.0, bias="none",
-                 fan_in_fan_out=True, inference_mode=True),  # GPT-2's projections are (d_in, d_out)
+                 fan_in_fan_out=isinstance(model, GPT),  # GPT-2's projections are (d_in, d_out)
+                 inference_mode=True),
             weights, "adapter_model")

@@ -28,14 +28,14 @@ def model(request):
     return tiny(*SHAPES[request.param])
 
 
-def tiny(n_head=6, n_kv_head=2, tied=True):
+def tiny(n_head=6, n_kv_head=2, tied=True, vocab=VOCAB, context=CONTEXT, std=0.3):
     """A random Llama of two blocks and heads of 8 channels. Weights are large, so that every part
     shows in the logits."""
     torch.manual_seed(0)
-    config = LlamaConfig(CONTEXT, VOCAB, 2, n_head, n_kv_head, 8 * n_head, 40, 500., 1e-5, tied)
+    config = LlamaConfig(context, vocab, 2, n_head, n_kv_head, 8 * n_head, 40, 500., 1e-5, tied)
     model = Llama(config)
     for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=0.3)
+        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=std)
     return model.eval()
 
 

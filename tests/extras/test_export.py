@@ -1,0 +1,116 @@
+"""A Llama through all stages, and out again: merged weights and PEFT adapters compute what the
+model does."""
+import json
+
+import pytest
+import torch
+
+import calibrate
+import eval as evaluation
+import train
+from extras.files import load_adapter, load_foundation
+from extras.llama import Llama
+from extras.llama_weights import read_llama
+from extras.user_data import evaluation_items
+from micro import ADAPT, CALIBRATE, FOLDER, adapt, error_line
+from model import LoRALinear, block_linears
+from test_llama import tiny, tokenizer_json, write_folder
+
+METHODS = "folora", "lora", "sadam-full"
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """A random Llama of 256 tokens' context, read from a folder, calibrated and adapted."""
+    folder, out = tmp_path_factory.mktemp("llama"), tmp_path_factory.mktemp("out")
+    write_folder(folder, tiny(vocab=265, context=256, std=0.1))
+    train.main(f"pretrain --foundation {folder} --context 200 --out {out}".split())
+    calibrate.main(f"--task code {CALIBRATE} --samples 8 --out {out}".split())
+    for method in METHODS:
+        adapt(f"--method {method}", out)
+    return out
+
+
+def adapter(out, method, folder=FOLDER):
+    return next(out.glob(f"code/{method}-lr*-seed0{folder}")) / "adapter.pt"
+
+
+def tokens():
+    return torch.randint(265, (2, 60), generator=torch.Generator().manual_seed(3))
+
+
+def test_a_llama_runs_through_all_stages(out):
+    """Every command works on it as on a GPT; the text it is scored on is its own tokenizer's."""
+    model, _ = load_foundation(out, "cpu")
+    assert isinstance(model, Llama) and model.config.block_size == 200
+    items, scores = evaluation_items("code", "test", 3, config=model.config), {}
+    for method in METHODS:
+        adapted = load_adapter(adapter(out, method), out, "cpu")
+        assert not block_linears(adapted, LoRALinear)
+        assert (adapted(tokens()) - model(tokens())).abs().max() > 1e-3
+        scores[method] = evaluation.evaluate(adapted, items, "test", rows=2)
+        assert set(scores[method]["kept"]) == {"facts", "lookup", "sums", "words"}
+        assert 4 < scores[method]["text"]["prose"]["score"] < 12  # about 8 bits a byte: random
+
+
+def test_the_same_command_again_does_nothing(out, capsys):
+    train.main(["adapt", "--task", "code", "--method", "folora", *ADAPT.split(), "--out", str(out)])
+    assert "is up to date" in capsys.readouterr().out
+
+
+def test_merged_weights_are_a_foundation_again(out, tmp_path):
+    for source, options in {"base": [], "merged": ["--format", "merged", "--adapter",
+                                                    str(adapter(out, "sadam-full"))]}.items():
+        folder = tmp_path / source
+        train.main(["export", "--to", str(folder), "--out", str(out), *options])
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
+        model = (load_adapter(adapter(out, "sadam-full"), out, "cpu") if options
+                 else load_foundation(out, "cpu")[0])
+        assert torch.equal(read_llama(str(folder), 200)[0](tokens()), model(tokens()))
+
+
+@torch.no_grad()
+def test_a_peft_adapter_on_the_untouched_foundation_is_the_model(out, tmp_path):
+    """W0 + BA from the files alone, as PEFT adds it (alpha = r, so a scale of 1)."""
+    train.main(["export", "--adapter", str(adapter(out, "folora")), "--to", str(tmp_path),
+                "--out", str(out)])
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 4 and not config["fan_in_fan_out"]
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj",
+                                        "up_proj", "v_proj"]
+    weights = torch.load(tmp_path / "adapter_model.bin", weights_only=True)
+    model, _ = load_foundation(out, "cpu")
+    for name, layer in block_linears(model).items():
+        A, B = (weights.pop(f"base_model.model.{name}.lora_{x}.weight") for x in "AB")
+        layer.weight += B @ A
+    assert not weights
+    adapted = load_adapter(adapter(out, "folora"), out, "cpu")
+    assert torch.allclose(model(tokens()), adapted(tokens()), atol=1e-4)
+
+
+@torch.no_grad()
+def test_transformers_and_peft_compute_what_the_model_does(out, tmp_path):
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    for name, options in {"base": [], "adapter": ["--adapter", str(adapter(out, "folora"))],
+                          "merged": ["--adapter", str(adapter(out, "lora")), "--format", "merged"],
+                          }.items():
+        train.main(["export", "--to", str(tmp_path / name), "--out", str(out), *options])
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    base, merged = read(tmp_path / "base").eval(), read(tmp_path / "merged").eval()
+    expected = load_foundation(out, "cpu")[0](tokens())
+    assert (base(tokens()).logits - expected).abs().max() < 1e-4
+    expected = load_adapter(adapter(out, "lora"), out, "cpu")(tokens())
+    assert (merged(tokens()).logits - expected).abs().max() < 1e-4
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    expected = load_adapter(adapter(out, "folora"), out, "cpu")(tokens())
+    assert (adapted(tokens()).logits - expected).abs().max() < 1e-4
+
+
+def test_ranks_that_the_narrow_key_and_value_layers_cannot_have(out, tmp_path, capsys):
+    """Their outputs are 16: an adapter's rank is at most that, and PEFT's, twice as high, as well."""
+    arguments = f"adapt --task code {ADAPT} --out {out} --rank"
+    assert "rank is 17; a layer of 16 x 48 takes 1 to 16" in error_line(
+        capsys, train.main, f"{arguments} 17")
+    path = adapt("--method lora --rank 9", out)
+    line = error_line(capsys, train.main, f"export --adapter {path} --to {tmp_path / 'x'} --out {out}")
+    assert "rank 18 = 2r is more than" in line and "use --format merged" in line
