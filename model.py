@@ -67,17 +67,10 @@ class KVCache:
 
 def causal_attention(q, k, v):
     """softmax(q kᵀ / √hs) v (B, nh, T, hs); a token attends to itself and to those before it."""
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    # by hand, 256 queries at a time: the CPU's fused kernel is three times slower in bf16. ([0] is
-    # a single chunk: a range over a compiled T would recompile the block for every T.)
-    out, (T, hs) = [], q.shape[-2:]
-    for first in range(0, T, 256) if T > 256 else [0]:
-        last = min(first + 256, T)
-        future = torch.full((last - first, last), -math.inf, dtype=q.dtype).triu(first + 1)
-        scores = (q[:, :, first:last] / math.sqrt(hs)) @ k[:, :, :last].transpose(-1, -2)
-        out.append((scores + future).softmax(-1) @ v[:, :, :last])
-    return torch.cat(out, 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # a CPU's kernel is slow in bf16
+        with torch.autocast("cpu", enabled=False):
+            return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def cached_attention(q, k, v, pos, aligned):
@@ -135,6 +128,7 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     block_prefix = "transformer.h."  # names of the layers that LoRA adapts begin with it
+    same_input = {}                  # {layer of a block: another that reads the same input}
 
     def __init__(self, config):
         super().__init__()
@@ -315,6 +309,12 @@ def block_linears(model, kind=nn.Linear):
     """{name: layer} of every linear layer in the transformer's blocks: those that LoRA adapts."""
     return {name: m for name, m in model.named_modules()
             if isinstance(m, kind) and name.startswith(model.block_prefix)}
+
+
+def input_twin(model, name):
+    """The first layer that reads the same input as layer `name`: often itself."""
+    block, _, last = name.rpartition(".")
+    return f"{block}.{model.same_input.get(last, last)}"
 
 
 @contextlib.contextmanager

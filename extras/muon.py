@@ -14,12 +14,13 @@ def newton_schulz(G, dtype):
     such steps bring singular values that are not tiny to 0.7 .. 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at 0, where it matters most
     tall = G.shape[-2] > G.shape[-1]
-    X = (G.mT if tall else G).to(dtype)  # XXᵀ is the smaller of the two Gram matrices
+    X = G.to(dtype)
     X = X / X.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)  # largest singular value <= 1
     for _ in range(5):
-        S = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(S, S, S, beta=b, alpha=c), X, beta=a)
-    return (X.mT if tall else X).to(G.dtype)
+        S = X.mT @ X if tall else X @ X.mT  # the smaller Gram matrix: (XXᵀ)X = X(XᵀX)
+        S = torch.baddbmm(S, S, S, beta=b, alpha=c)
+        X = torch.baddbmm(X, *((X, S) if tall else (S, X)), beta=a)
+    return X.to(G.dtype)
 
 
 class Muon(torch.optim.Optimizer):

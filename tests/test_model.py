@@ -75,11 +75,10 @@ def test_logits_of_chosen_positions_are_those_among_all(tokens, rows, seed):
     assert torch.allclose(chosen, model(x)[only], atol=1e-4)
 
 
-@given(tokens=st.integers(1, 24) | st.integers(255, 258) | st.sampled_from([512, 700]),
-       heads=st.integers(1, 3), seed=st.integers(0, 99))
-def test_attention_in_bf16_is_that_of_the_fused_kernel(tokens, heads, seed):
-    """By hand where the fused kernel is slow, long texts chunk by chunk: the same values and
-    gradients, to bf16's rounding."""
+@given(tokens=st.integers(1, 24), heads=st.integers(1, 3),
+       seed=st.integers(0, 99))
+def test_attention_in_bf16_is_that_in_float32(tokens, heads, seed):
+    """On a CPU it is computed in float32: the same values and gradients, to bf16's rounding."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v, weight = torch.randn(4, 2, heads, tokens, 8, generator=generator)
     results = []
