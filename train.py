@@ -5,6 +5,8 @@
     python train.py adapt --task math --method folora     # out/math/folora-.../adapter.pt
     python train.py export --adapter … --to folder        # for transformers and PEFT
 """
+import copy
+import functools
 import math
 import pathlib
 import random
@@ -15,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, KLPenalty, find_method
+from extras.baselines import METHODS, KLPenalty, Rehearsal, find_method
 from extras.chunked_loss import large_vocab_loss
 from extras.cli import command, train_parser
 from extras.export import export
@@ -45,6 +47,7 @@ ADAPT = {
     "s_min": (0.3, "the smallest gate"),
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
     "mu": (5.0, "μ of the KL penalty, for methods that have one"),
+    "rehearsal": (1.0, "weight of the loss on base-model samples, for methods that have one"),
     "basis_dtype": ("float32", "of SAdam's bases: float32, or bfloat16 for half the memory"),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
     "seed": (0, "of everything random")}
@@ -90,9 +93,9 @@ def backward(model, x, y, penalty, parts=1):
 
 
 def training_loop(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03,
-                  clip=1.0, after=None, penalty=lambda: 0, parts=1):
+                  clip=1.0, after=None, penalty=lambda step: 0, parts=1):
     """Run settings["steps"] steps on batch(step) -> (x, y), each (B, T) on the CPU; returns each
-    step's loss in nats, with penalty() added. after(steps done) is called after each step.
+    step's loss in nats, with penalty(step) added. after(steps done) is called after each step.
 
     Batches depend on the step alone, so an interrupted run continues exactly from `partial`, which
     is saved every SAVE_EVERY seconds (on a GPU up to rounding: its attention is not repeatable).
@@ -111,7 +114,7 @@ def training_loop(model, optimizers, batch, settings, partial, shape="cosine", w
                 group["lr"] = rate * factor
             x, y = (t.to(device) for t in batch(step))
             model.zero_grad(set_to_none=True)
-            loss = backward(model, x, y, penalty, parts)
+            loss = backward(model, x, y, functools.partial(penalty, step), parts)
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
             losses.append(loss.item())
             if not math.isfinite(losses[-1] + norm.item()):
@@ -233,7 +236,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
     items = load_items(args.task, "train", args.examples, args.skip_bad)
     model, foundation = load_foundation(args.out, device)
     calibration = load_calibration(args, model, foundation) if method.needs_calibration else None
-    batch = task_batches(args, items, method, calibration, model.config)
+    batch = task_batches(args, items, model.config)
     settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
                     precision=precision(device),
@@ -245,30 +248,43 @@ def adapt(args, methods=METHODS, loop=training_loop):
               f"{args.lr:g}, {args.steps} steps on {describe_machine(device)}")
         # 2. For each layer: solve for its directions, choose its start and its basis.
         maybe_compile(model, args.compile)
-        layers = add_lora(model, args.rank, args.scale) if method.start else block_linears(model)
-        if not method.start:  # with SAdam the blocks' matrices alone: only they have a basis
-            model.requires_grad_(method.steps is None)
-        spectral, penalised = {}, []
-        generator = torch.Generator().manual_seed(args.seed)
-        progress = Progress("solving layers", len(layers))
-        for number, (name, layer) in enumerate(layers.items()):
-            progress(number)
-            moments = calibration and {key: C.to(device)
-                                       for key, C in calibration["layers"][name].items()}
-            spectral |= start_layer(name, layer, method, moments, args, generator)
-            if method.penalty:
-                S, C = (moments[key].to(layer.weight) for key in ("S_pre", "C_pre"))
-                penalised.append((layer, *method.penalty(S, C)))
+        spectral, penalty = apply_method(model, method, args, calibration)
         # 3. Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
         optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
                           basis_dtype=getattr(torch, args.basis_dtype))
         # 4. Train, 5. save what was trained.
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
-                      penalty=KLPenalty(args.mu, penalised), parts=args.accumulate)
+                      penalty=penalty, parts=args.accumulate)
         return {"changed": adapter_state_dict(model), "losses": losses}
 
     build_if_stale(path, "adapter", settings, build)
     return path
+
+
+def apply_method(model, method, args, calibration):
+    """Prepare the model in place; returns ({parameter: (basis, gate)} for SAdam, penalty(step))."""
+    base = copy.deepcopy(model).requires_grad_(False) if method.rehearsal else None
+    layers = add_lora(model, args.rank, args.scale) if method.start else block_linears(model)
+    if not method.start:  # with SAdam the blocks' matrices alone: only they have a basis
+        model.requires_grad_(method.steps is None)
+    spectral, penalised = {}, []
+    generator = torch.Generator().manual_seed(args.seed)
+    progress = Progress("solving layers", len(layers))
+    for number, (name, layer) in enumerate(layers.items()):
+        progress(number)
+        moments = calibration and {key: C.to(layer.weight.device)
+                                   for key, C in calibration["layers"][name].items()}
+        spectral |= start_layer(name, layer, method, moments, args, generator)
+        if method.penalty:
+            S, C = (moments[key].to(layer.weight) for key in ("S_pre", "C_pre"))
+            penalised.append((layer, *method.penalty(S, C)))
+    penalty = KLPenalty(args.mu, penalised)
+    if not method.rehearsal:
+        return spectral, penalty
+    samples = [[t for t in row if t >= 0] for row in calibration["samples"].tolist()]
+    rehearsal = Rehearsal(method.rehearsal, args.rehearsal, samples, max(1, args.batch // 4), model,
+                          base, args.seed)
+    return spectral, lambda step: penalty(step) + rehearsal(step)
 
 
 def start_layer(name, layer, method, moments, args, generator):
@@ -297,21 +313,17 @@ def adapter_state_dict(model):
     return {name: t for name, t in model.state_dict().items() if "lora_" in name or name in trained}
 
 
-def task_batches(args, items, method, calibration, config):
-    """batch(step) -> (x, y) of the task's items, and for replay of base-model samples besides."""
+def task_batches(args, items, config):
+    """batch(step) -> (x, y) of the task's items."""
     encoding, length = tasks.get_encoding(config.encoding), config.block_size
     _, rows = drop_long_items(items, encoding, length, args.skip_bad)
     if args.batch > len(rows):
         raise ValueError(f"batch is {args.batch}; it must not exceed the {len(rows)} training "
                          "items")
-    replayed = round(method.replay * args.batch)
-    old = [([encoding.eot_token, *(t for t in sample.tolist() if t >= 0)][:length + 1], 1)
-           for sample in (calibration["samples"] if replayed else [])]  # every token is a target
 
     def batch(step):
-        rng = random.Random(f"adapt {args.seed} {step}")
-        chosen = rng.sample(rows, args.batch)
-        return tasks.response_batch(chosen + (rng.choices(old, k=replayed) if replayed else []))
+        return tasks.response_batch(random.Random(f"adapt {args.seed} {step}")
+                                    .sample(rows, args.batch))
     return batch
 
 

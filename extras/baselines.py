@@ -1,12 +1,16 @@
-"""All methods in one table: how each differs from LoRA in where it starts, how it steps, what it
-adds to the loss or to the batch. Singular value decompositions are in float64."""
+"""All methods in one table: how each differs from LoRA in where it starts, how it steps, and what it
+adds to the loss. Singular value decompositions are in float64."""
 import math
+import random
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Callable
 
 import torch
+from torch.nn import functional as F
 
+import tasks
+from extras.machine import autocast
 from folora import check_rank, leading_start, null_space_start, spectral_gate
 
 
@@ -96,7 +100,7 @@ def truncated(m, lam, s_min):
 
 
 # ------------------------------------------------------------------------------------------------
-# A penalty in the loss
+# Added to the loss: a penalty on ΔW
 
 def kl_penalty(P, G, S, C):
     """½ Tr(S ΔW C ΔWᵀ) of ΔW = PG, P (d_out, k), G (k, d_in), in O(k d²): a scalar.
@@ -114,15 +118,65 @@ def fisher(S_pre, C_pre):
     return S_pre, C_pre
 
 
+def diagonal(S_pre, C_pre):
+    """EWC (arXiv 1612.00796): the Fisher information's diagonal alone, of the same K-FAC estimate."""
+    return S_pre.diagonal().diag(), C_pre.diagonal().diag()
+
+
+def isotropic(S_pre, C_pre):
+    """L2-SP (arXiv 1802.01483): a multiple of ‖ΔW‖², scaled so that S and C keep their means."""
+    return tuple(M.diagonal().mean() * torch.eye(len(M)).to(M) for M in (S_pre, C_pre))
+
+
 @dataclass
 class KLPenalty:
-    """() -> μ × estimated KL from the base model (nats/token)."""
+    """step -> μ × estimated KL from the base model (nats/token)."""
     mu: float
     layers: list  # of (adapter, S, C); empty for a method without a penalty
 
-    def __call__(self):
+    def __call__(self, step):
         return self.mu * sum(kl_penalty(*layer.delta_factors(), S, C)
                              for layer, S, C in self.layers)
+
+
+# ------------------------------------------------------------------------------------------------
+# Added to the loss: base-model samples, so that the task's share of it is 1 / (1 + weight)
+
+def replay_loss(model, base, x, y):
+    """Self-synthesized rehearsal (arXiv 2403.01244): cross-entropy of the samples' own tokens, in
+    nats per token."""
+    counted = y != -100
+    return F.cross_entropy(model(x, only=counted).float(), y[counted])
+
+
+def distill_loss(model, base, x, y):
+    """Learning without Forgetting (arXiv 1606.09282): KL(base ‖ model) per token of the samples, nats.
+    Its gradient is zero at the start."""
+    with torch.no_grad():
+        target = base(x, only=y != -100).float().log_softmax(-1)
+    found = model(x, only=y != -100).float().log_softmax(-1)
+    return F.kl_div(found, target, log_target=True, reduction="batchmean")
+
+
+@dataclass
+class Rehearsal:
+    """step -> weight × loss (nats/token) on rows of base-model samples, drawn by the step alone."""
+    loss: Callable    # replay_loss or distill_loss
+    weight: float
+    samples: list     # of token lists without <|endoftext|>
+    rows: int
+    model: torch.nn.Module
+    base: torch.nn.Module
+    seed: int
+
+    def __call__(self, step):
+        eot = tasks.get_encoding(self.base.config.encoding).eot_token
+        chosen = random.Random(f"rehearse {self.seed} {step}").choices(self.samples, k=self.rows)
+        x, y = tasks.response_batch([([eot, *tokens][:self.base.config.block_size + 1], 1)
+                                     for tokens in chosen])  # every token is a target
+        device = self.base.lm_head.weight.device
+        with autocast(device):
+            return self.weight * self.loss(self.model, self.base, x.to(device), y.to(device))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -133,7 +187,7 @@ class Method:
     start: Callable | None = kaiming_start     # None: the full weights W0 are trained
     steps: Callable | None = None              # (m, lam, s_min) -> (basis, gate); None: Adam's
     penalty: Callable | None = None            # (S_pre, C_pre) -> (S, C) of the KL penalty
-    replay: float = 0.0                        # base-model samples added, as a share of the batch
+    rehearsal: Callable | None = None          # replay_loss or distill_loss
     train_A: bool = True
     protected: Callable | None = None          # W0 -> (U_k, V_k), directions ΔW may not use
     needs_moments: bool = False                # start or steps use the layer's `solve_layer`
@@ -142,8 +196,8 @@ class Method:
 
     @property
     def needs_calibration(self):
-        """For its start or steps, its penalty, or the samples it replays."""
-        return bool(self.needs_moments or self.penalty or self.replay)
+        """For its start or steps, its penalty, or the samples it rehearses."""
+        return bool(self.needs_moments or self.penalty or self.rehearsal)
 
 
 # Default rates: each reached 80 % of LoRA's best validation score on all three tasks in sweeps, where
@@ -159,7 +213,10 @@ METHODS = MappingProxyType({
                            source="2503.02659"),
     "sc-lora": Method(sc_lora_start, needs_moments=True, lr=2.8e-3, source="2505.23724"),
     "oplora": Method(protected=oplora_protected, source="2510.13003"),
-    "replay": Method(replay=0.25, lr=1.6e-2, source="rehearsal"),
+    "l2-sp": Method(penalty=isotropic, source="1802.01483"),
+    "ewc": Method(penalty=diagonal, lr=1.6e-2, source="1612.00796"),
+    "distill": Method(rehearsal=distill_loss, lr=1.6e-2, source="1606.09282"),
+    "replay": Method(rehearsal=replay_loss, lr=1.6e-2, source="2403.01244"),
     "folora": Method(null_space_start, sadam, needs_moments=True, source="the paper"),
     "folora-truncated": Method(null_space_start, truncated, needs_moments=True, lr=1.6e-2,
                                source="the paper, App. D"),
@@ -167,10 +224,11 @@ METHODS = MappingProxyType({
     "sadam-full-truncated": Method(None, truncated, needs_moments=True, lr=7.1e-4,
                                    source="both of App. D"),
     "folora-leading": Method(leading_start, sadam, needs_moments=True, lr=1.1e-2),
-    "folora-replay": Method(null_space_start, sadam, replay=0.25, needs_moments=True, lr=1.6e-2),
+    "folora-replay": Method(null_space_start, sadam, rehearsal=replay_loss, needs_moments=True,
+                            lr=1.6e-2),
     "lora-kl": Method(penalty=fisher, lr=1.6e-2, source="1805.07810"),
     "lora-kl-leading": Method(leading_start, penalty=fisher, needs_moments=True, lr=1.6e-2),
-    "lora-kl-leading-replay": Method(leading_start, penalty=fisher, replay=0.25,
+    "lora-kl-leading-replay": Method(leading_start, penalty=fisher, rehearsal=replay_loss,
                                      needs_moments=True),
 })
 # earlier names, for results on disk

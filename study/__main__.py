@@ -1,78 +1,67 @@
 """The study's commands.
 
-    python -m study compare            # every method, rate and seed; stop and repeat it as you like
-    python -m study compare --quick    # the sweeps of five methods on one task
-    python -m study ablate             # variants of FoLoRA
+    python -m study compare            # all methods; stop and repeat it as you like
+    python -m study compare --quick    # four of them, on one task and one foundation
+    python -m study ablate             # variants of FoLoRA, on math
     python -m study report --assets assets             # tables and pictures of what is finished
-    python -m study real-text --texts FOLDER --out real
-    python -m study foundations        # several foundations and ranks
     python -m study speed
     python -m study gpu --minutes 35   # what only a GPU can show
 """
 import os
 
 import tasks
-from extras import user_data
-from extras.cli import Parser, add_common, command, positive_int
+from extras.cli import Parser, add_common, command, nonneg_int, positive_int
 from extras.machine import rank_and_world, set_precision
-from study import foundations, gpu, real_text, runs, speed
+from study import gpu, speed
+from study.arms import ABLATIONS, ARMS, METHODS, QUICK
 from study.report import report
-from study.variants import ALIASES, METHODS
+from study.runs import do_all
 
 
 def study(args):
-    """compare, ablate, report, real-text."""
+    """compare, ablate, report."""
     if rank_and_world()[1] > 1:
         raise ValueError("the study starts its own processes; run it without torchrun")
-    for file in args.keep:
-        if not file.endswith((".jsonl", ".txt")):
-            raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
-        user_data.open_file(file).close()
-    args.methods = [ALIASES.get(name, name) for name in args.methods or ()]
-    for name in args.methods:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}; the methods are {', '.join(METHODS)}")
-    if args.texts:
-        real_text.fill_in(args)
-    if args.skip_bad:
-        args.calibrate, args.adapt = f"--skip-bad {args.calibrate}", f"--skip-bad {args.adapt}"
-    chosen = args.tasks or (["math"] if args.ablate or args.quick else list(tasks.TASKS))
+    if args.quick:
+        args.tasks, args.foundations = args.tasks or ["math"], 1
+        args.arms = args.arms or QUICK
+    args.tasks, args.arms = args.tasks or args.all_tasks, list(args.arms or args.all_arms)
+    for name in args.arms:
+        if name not in ARMS:
+            raise ValueError(f"unknown arm {name!r}; the arms are {', '.join(ARMS)}")
     if not args.report_only:
-        runs.compare(args, chosen)
-    report(args, chosen)
+        do_all(args)
+    report(args)
 
 
-def comparison_command(commands, name, text, **defaults):
-    """The parser of one of study's commands; `defaults` are options that it does not offer."""
+def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS, report_only=False):
+    """The parser of one of study's commands."""
     p = commands.add_parser(name, help=text, description=text)
-    p.set_defaults(run=study, **{"ablate": False, "report_only": False, "texts": None, **defaults})
-    p.add_argument("--tasks", "--task", nargs="+", metavar="TASK",
-                   help=f"of {', '.join(tasks.TASKS)}, or .jsonl files; default: all of these, or "
-                        "math for quick and ablate")
-    p.add_argument("--methods", nargs="+", metavar="METHOD", help=f"of {', '.join(METHODS)}")
-    p.add_argument("--quick", action="store_true", help="five methods, seed 0 alone")
-    p.add_argument("--keep", metavar="FILE", action="append", default=[],
-                   help="a .jsonl or .txt file that must not be forgotten, instead of the task's "
-                        "own; may be given several times")
-    p.add_argument("--skip-bad", action="store_true", help="leave out malformed or too long rows")
+    p.set_defaults(run=study, all_tasks=list(all_tasks), all_arms=arms, report_only=report_only)
+    p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, metavar="TASK",
+                   help=f"of {', '.join(tasks.TASKS)}; default: {', '.join(all_tasks)}")
+    p.add_argument("--arms", nargs="+", metavar="ARM", help='such as "folora r8"; see study/arms.py')
+    p.add_argument("--foundations", type=positive_int, default=3, help="pretraining seeds")
+    p.add_argument("--seeds", type=nonneg_int, nargs="+", default=[1], help="of fine-tuning")
+    p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; math, one foundation")
+    p.add_argument("--workers", type=positive_int, help="processes; default: one per core")
+    p.add_argument("--assets", metavar="FOLDER", help="also draw the pictures, there")
     for stage in "pretrain", "calibrate", "adapt":
         p.add_argument(f"--{stage}", default="", metavar="OPTIONS",
                        help=f'options of that stage, as in --{stage}="--seed 1"')
-    p.add_argument("--workers", type=positive_int, help="processes; default: one per core")
-    p.add_argument("--assets", metavar="FOLDER", help="also draw the pictures, there")
     add_common(p)
-    return p
 
 
 def parser():
     top = Parser(prog="python -m study", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
-    comparison_command(commands, "compare", "do what is missing of the comparison, then report")
-    comparison_command(commands, "ablate", "the same for variants of FoLoRA", ablate=True)
-    comparison_command(commands, "report", "tables and pictures of what is done", report_only=True)
-    p = comparison_command(commands, "real-text", "the comparison on real text, GPT-2's tokens")
-    p.add_argument("--texts", metavar="FOLDER", required=True, help="see study/real_text.py")
-    foundations.add_command(commands)
+    comparison_command(commands, "compare", "do what is missing of the comparison, then report",
+                       [arm.name for arm in METHODS])
+    comparison_command(commands, "ablate", "the same for variants of FoLoRA",
+                       list(dict.fromkeys(arm.name for group in ABLATIONS.values()
+                                          for arm in group)), ["math"])
+    comparison_command(commands, "report", "tables and pictures of what is done", list(ARMS),
+                       report_only=True)
     p = commands.add_parser("speed", help="time and memory against what people would otherwise use")
     p.set_defaults(run=speed.speed)
     p.add_argument("--only", nargs="+", choices=speed.ROWS, metavar="ROW",

@@ -39,12 +39,11 @@ def ratios(found, over, under):
     return [a / b for a, b in zip(found[over], found[under])]
 
 
-def training_steps(model, optimizers, batch, steps, penalty=lambda: 0):
+def training_steps(model, optimizers, batch, steps):
     """() -> this many steps of `train.training_loop`, silent and unsaved."""
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
-            train.training_loop(model, optimizers, batch, {"steps": steps, "lr": 0}, None,
-                                penalty=penalty)
+            train.training_loop(model, optimizers, batch, {"steps": steps, "lr": 0}, None)
     return run
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the report, by hand: confidence intervals, Welch's t-test, rank correlation."""
+"""Statistics of the report, by hand: confidence intervals, paired t-test, rank correlation."""
 import functools
 import math
 import statistics
@@ -27,25 +27,22 @@ def t_quantile(df, p=0.05):
     return low
 
 
-def welch(a, b):
-    """(mean(a) - mean(b), two-sided p) by Welch's t-test, which assumes no equal variances.
-
-    p is None where either has fewer than two values. If neither varies, p is 1 for equal means
-    and 0 otherwise.
-    """
-    difference = mean(a) - mean(b)
-    if min(len(a), len(b)) < 2:
-        return difference, None
-    u, v = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
-    if u + v == 0:
-        return difference, float(difference == 0)
-    df = (u + v) ** 2 / (u * u / (len(a) - 1) + v * v / (len(b) - 1))
-    return difference, t_pvalue(difference / math.sqrt(u + v), df)
+def paired(a, b):
+    """(mean of a - b, two-sided p) of a paired t-test over the pairs without None. p is None for
+    fewer than two pairs; without spread it is 1 for equal means and 0 otherwise. (None, None)
+    where there is no pair."""
+    gaps = [x - y for x, y in zip(a, b) if None not in (x, y)]
+    if len(gaps) < 2:
+        return (gaps[0] if gaps else None), None
+    error = statistics.stdev(gaps) / math.sqrt(len(gaps))
+    if not error:
+        return mean(gaps), float(mean(gaps) == 0)
+    return mean(gaps), t_pvalue(mean(gaps) / error, len(gaps) - 1)
 
 
 def interval(values):
-    """"mean ±half width (seeds)" of the 95 % interval over seeds; None stands for a seed that never
-    reached the level. "(2 of 3)": one of three did not; "-": none did."""
+    """"mean ±half width (n)" of the 95 % interval; None stands for one that never reached the target.
+    "(2 of 3)": one of three did not; "-": none did."""
     reached = [v for v in values if v is not None]
     if not reached:
         return "-"
@@ -70,3 +67,11 @@ def rank_correlation(x, y):
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
     return statistics.correlation(ranks(x), ranks(y))
+
+
+def partial_rank_correlation(x, y, z):
+    """Of x and y given z: Spearman's correlation after z's linear effect on both ranks is removed."""
+    xy, xz, yz = (rank_correlation(*pair) for pair in ((x, y), (x, z), (y, z)))
+    if None in (xy, xz, yz) or 1 in (abs(xz), abs(yz)):
+        return None
+    return (xy - xz * yz) / math.sqrt((1 - xz * xz) * (1 - yz * yz))

@@ -1,14 +1,12 @@
-"""Variants of FoLoRA for the ablations: one part replaced or left out at a time.
-
-`METHODS` holds the project's methods and these. A variant is a `Method` like any other, so
-`train.adapt(args, methods=METHODS)` trains it.
-"""
+"""Variants of FoLoRA and of what trains it, for the study alone: `Method`s, and `TRICKS` that change
+the training loop or its result."""
 import torch
 
+import train
 from extras import baselines
-from extras.baselines import Method, fisher, kaiming_start, sadam
-from folora import (check_rank, generalized_eigh, leading_start, null_space_start, projection_start,
-                    spectral_gate)
+from extras.baselines import Method, sadam
+from folora import damped, generalized_eigh, normalise, null_space_start, spectral_gate
+from model import LoRALinear, block_linears, lora_parameters
 
 
 # ------------------------------------------------------------------------------------------------
@@ -37,112 +35,115 @@ def utility_only(m, lam, s_min):
     return basis, spectral_gate(eigvals, lam, s_min)
 
 
-def adam_on_matrices(m, lam, s_min):
-    """Neither basis nor gate: plain Adam, but on the same matrices as SAdam."""
-    return torch.eye(len(m["eigvals"])).to(m["basis"]), torch.ones_like(m["eigvals"])
+# ------------------------------------------------------------------------------------------------
+# Loops: called like `train.training_loop`. What they change is not saved for resuming, so an
+# interrupted run starts again.
+
+def b_rate(share):
+    """B's learning rate is `share` of A's."""
+    def loop(model, optimizers, batch, settings, partial, **options):
+        group, = optimizers[0].param_groups
+        slow = [p for name, p in lora_parameters(model).items() if name.endswith("lora_B")]
+        group["params"] = [p for p in group["params"] if not any(p is B for B in slow)]
+        optimizers[0].add_param_group({"params": slow, "lr": share * group["lr"]})
+        return train.training_loop(model, optimizers, batch, settings, None, **options)
+    return loop
+
+
+def averaged(decay):
+    """The result is the exponential moving average of A and B over the steps, free of its start's
+    share."""
+    def loop(model, optimizers, batch, settings, partial, **options):
+        means = {p: torch.zeros_like(p) for p in lora_parameters(model).values()}
+
+        @torch.no_grad()
+        def after(step):
+            for p, mean in means.items():
+                mean.lerp_(p, (1 - decay) / (1 - decay ** step))
+        losses = train.training_loop(model, optimizers, batch, settings, None, after=after, **options)
+        with torch.no_grad():
+            for p, mean in means.items():
+                p.copy_(mean)
+        return losses
+    return loop
+
+
+class TangentLinear(LoRALinear):
+    """W0 + κ(B0 ΔA + ΔB A0): linear in what is learned."""
+
+    def factors(self):
+        """([A; A0], κ[B0, B - B0]): B0 A + (B - B0) A0."""
+        return (torch.cat([self.lora_A, self.lora_A0]),
+                self.scale * torch.cat([self.lora_B0, self.lora_B - self.lora_B0], 1))
+
+
+def tangent(model, *more, **options):
+    for layer in block_linears(model, LoRALinear).values():
+        layer.__class__ = TangentLinear
+    return train.training_loop(model, *more, **options)
+
+
+def pulled_back(strength):
+    """Decoupled decay towards the start: each step takes the share η · strength of ΔB, and of ΔA in
+    the basis, there times 1 - gate."""
+    def loop(model, optimizers, batch, settings, partial, **options):
+        spectral, group = optimizers[0].spectral, optimizers[0].param_groups[0]
+        inverse = {A: torch.linalg.inv(V.double()).T.to(A) for A, (V, _) in spectral.items()}
+
+        @torch.no_grad()
+        def after(step):
+            share = group["lr"] * strength
+            for layer in block_linears(model, LoRALinear).values():
+                A, (V, gate) = layer.lora_A, spectral[layer.lora_A]
+                learned = (A - layer.lora_A0) @ inverse[A]  # ΔĀ = ΔA V⁻ᵀ
+                A -= share * (learned * (1 - gate)) @ V.T
+                layer.lora_B.lerp_(layer.lora_B0, share)
+        return train.training_loop(model, optimizers, batch, settings, None, after=after, **options)
+    return loop
 
 
 # ------------------------------------------------------------------------------------------------
-# Starts and penalties
+# Finishes: (ΔW (d_out, d_in) float64, C_pre) -> the ΔW that is evaluated
 
-def mixed_start(W0, C_pre, basis, r, scale, **_):
-    """Half of the rank in the null-space start's directions, half in the leading ones."""
-    check_rank(r, W0)
-    _, low = torch.linalg.eigh(C_pre)  # ascending
-    U, _ = torch.linalg.qr(torch.cat([low[:, :r // 2], basis[:, :r - r // 2]], 1))
-    return projection_start(W0, U, scale)
+def interpolated(share):
+    """WiSE-FT (arXiv 2109.01903): on the way from W0 to what was learned."""
+    return lambda dW, C_pre: share * dW
 
 
-def one_sided(S_pre, C_pre):
-    """Isotropic S with the same mean: all outputs count alike, as in Eq. 6."""
-    return S_pre.diagonal().mean() * torch.eye(len(S_pre)).to(S_pre), C_pre
+def compressed(rank):
+    """The ΔW' of this rank that is nearest in the metric H: least Tr((ΔW - ΔW') H (ΔW - ΔW')ᵀ)."""
+    def finish(dW, C_pre):
+        L = torch.linalg.cholesky(damped(normalise(C_pre, C_pre)[0], 0.01))
+        U, S, Vh = torch.linalg.svd(dW @ L, full_matrices=False)
+        near = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        return torch.linalg.solve_triangular(L, near, upper=False, left=False)
+    return finish
 
 
-def few_directions(S_pre, C_pre, k=16):
-    """The k leading eigenvectors of each moment, and the mean eigenvalue for all others: k + 1
-    numbers per row would store such a moment."""
-    def simplified(C):
-        eigvals, U = torch.linalg.eigh(C.double())  # ascending
-        eigvals[:-k] = eigvals[:-k].mean()
-        return ((U * eigvals) @ U.T).to(C)
-    return simplified(S_pre), simplified(C_pre)
+# ------------------------------------------------------------------------------------------------
+
+def null_space(steps=None):
+    return Method(null_space_start, steps, needs_moments=True)
 
 
-def variant(start=kaiming_start, steps=None, **options):
-    """A Method whose start or steps read the layer's moments, unless it is told otherwise."""
-    return Method(start, steps, **{"needs_moments": True, **options})
-
-
+# {name: (method, loop or None, finish or None)}
+TRICKS = {
+    "wise-ft-0.5": ("lora", None, interpolated(0.5)),
+    "sadam-full-cut32": ("sadam-full", None, compressed(32)),
+    "folora-b-half": ("folora", b_rate(1 / 2), None),
+    "folora-b-quarter": ("folora", b_rate(1 / 4), None),
+    "folora-b-eighth": ("folora", b_rate(1 / 8), None),
+    "folora-average": ("folora", averaged(0.95), None),
+    "folora-tangent": ("folora", tangent, None),
+    "folora-pull-back": ("folora", pulled_back(10.0), None),
+}
 METHODS = {
     **baselines.METHODS,
-    "null-kl": variant(null_space_start, penalty=fisher),
-    "folora-leading-kl": variant(leading_start, sadam, penalty=fisher),
-    "lora-kl-leading-one-sided": variant(leading_start, penalty=one_sided),
-    "lora-kl-leading-few": variant(leading_start, penalty=few_directions),
-    "null-adam": variant(null_space_start),
-    "null-frozen": variant(null_space_start, train_A=False),
-    "null-ungated": variant(null_space_start, ungated),
-    "null-even-gate": variant(null_space_start, even_gate),
-    "null-penalty-only": variant(null_space_start, penalty_only),
-    "null-utility-only": variant(null_space_start, utility_only),
-    "leading-adam": variant(leading_start),
-    "leading-frozen": variant(leading_start, train_A=False),
-    "mixed-start": variant(mixed_start, sadam),
-    "kaiming-sadam": variant(kaiming_start, sadam),
-    "full-adam": variant(None, adam_on_matrices),
-    "full-ungated": variant(None, ungated),
-    "full-penalty-only": variant(None, penalty_only),
+    "null-adam": null_space(),
+    "null-ungated": null_space(ungated),
+    "null-even-gate": null_space(even_gate),
+    "null-penalty-only": null_space(penalty_only),
+    "null-utility-only": null_space(utility_only),
+    "kaiming-sadam": Method(steps=sadam, needs_moments=True),
+    **{name: baselines.METHODS[method] for name, (method, _, _) in TRICKS.items()},
 }
-# {older name: name}: folders of runs under an older name are still found
-ALIASES = {**baselines.ALIASES, "folora-top-kl": "folora-leading-kl",
-           "folora-one-sided": "lora-kl-leading-one-sided", "folora-kl-few": "lora-kl-leading-few",
-           "null-evenly": "null-even-gate", "null-penalty": "null-penalty-only",
-           "null-utility": "null-utility-only", "top-adam": "leading-adam",
-           "top-frozen": "leading-frozen", "between": "mixed-start",
-           "full-penalty": "full-penalty-only"}
-
-
-# ------------------------------------------------------------------------------------------------
-# What is compared with what
-
-FINALISTS = ("sadam-full-truncated", "sadam-full", "lora-kl-leading", "lora-kl", "folora",
-             "folora-leading", "folora-replay", "replay", "full")  # these get five seeds
-BASELINES = ("lora", "lora-null", "lora-null-v2", "corda", "sc-lora", "milora", "pissa", "oplora",
-             "replay", "full")  # the others' methods
-COMPARED = (*FINALISTS, "folora-truncated", "lora", "lora-null", "corda", "sc-lora", "milora",
-            "pissa", "oplora", "lora-null-v2")
-QUICK = ("lora", "lora-null", "replay", "folora", "lora-kl-leading")
-
-
-def plain(*names):
-    """{name: (method, no other options)}"""
-    return {name: (name, ()) for name in names}
-
-
-# {group: {row: (method, options of `train.py adapt`)}}
-ABLATIONS = {
-    "penalty in the loss": {
-        **plain("lora-kl-leading", "lora-kl", "null-kl", "folora-leading-kl",
-                "lora-kl-leading-replay", "lora-kl-leading-one-sided", "lora-kl-leading-few"),
-        **{f"lora-kl-leading, mu {mu}": ("lora-kl-leading", ("--mu", mu)) for mu in ("1", "10")}},
-    "coordinates and gate": plain("folora", "null-adam", "null-ungated", "null-even-gate",
-                                  "null-penalty-only", "null-utility-only", "folora-truncated"),
-    "start": plain("folora", "folora-leading", "mixed-start", "kaiming-sadam", "leading-adam",
-                   "null-frozen", "leading-frozen"),
-    "full weights": plain("sadam-full", "full", "full-adam", "full-ungated", "full-penalty-only",
-                          "sadam-full-truncated"),
-    "strength": {f"folora, {option} {value}": ("folora", (f"--{option}", value))
-                 for option, values in (("lam", ("0.3", "3", "10")), ("s-min", ("0", "0.1", "0.6")),
-                                        ("tau", ("0.001", "0.1", "1"))) for value in values},
-    "calibration": {f"lora-kl-leading, {name}":
-                    ("lora-kl-leading", ("--calibration", f"calibration-{name}"))
-                    for name in ("mixture", "prose", "facts", "small", "16", "128", "500")},
-    "bases": {"folora": ("folora", ()),
-              "folora, bfloat16 bases": ("folora", ("--basis-dtype", "bfloat16"))},
-    "twice the steps": {f"{name}, 400 steps": (name, ("--steps", "400")) for name in COMPARED},
-}
-# {name: (source, options of calibrate.py)}; the sources are explained at `runs.calibrate_on`
-CALIBRATIONS = {"mixture": ("mixture", ""), "prose": ("prose", ""), "facts": ("facts", ""),
-                "small": ("{out}/small", ""), "16": ("own", "--samples 16"),
-                "128": ("own", "--samples 128"), "500": ("own", "--samples 500")}
-SMALL = "--layers 2 --width 64 --heads 2"  # the smaller base model behind one calibration

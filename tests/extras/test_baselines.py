@@ -1,8 +1,8 @@
 """All methods in one table: where each starts, how it steps, what it adds to the loss.
 
 Every start leaves the layer as it was, and takes from W0 what its paper says. The KL penalty is the KL
-divergence from the base model to second order, exactly so for one softmax layer. A method asks for a
-calibration exactly if something in it uses one, trains what it says, and moves nothing else.
+divergence from the base model to second order, exactly so for one softmax layer. Rehearsal has the
+share of the loss that its weight says. A method asks for a calibration exactly if something in it uses one, trains what it says, and moves nothing else.
 """
 import argparse
 import dataclasses
@@ -12,11 +12,13 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+import tasks
 import train
 from calibrate import second_moments
-from extras.baselines import (ALIASES, METHODS, KLPenalty, corda_start, find_method, fisher,
-                              kaiming_start, kl_penalty, lora_null_start, milora_start,
-                              oplora_protected, pissa_start, sadam, sc_lora_start, truncated)
+from extras.baselines import (ALIASES, METHODS, KLPenalty, Rehearsal, corda_start, diagonal,
+                              distill_loss, find_method, fisher, isotropic, kaiming_start,
+                              kl_penalty, lora_null_start, milora_start, oplora_protected,
+                              pissa_start, replay_loss, sadam, sc_lora_start, truncated)
 from folora import (SAdam, damped, forgetting_penalty, leading_start, null_space_start, solve_layer,
                     spectral_gate)
 from matrices import (EPS, adapted, blocks, close, cond, decomposed, eye, f64, invertible, kappas,
@@ -311,7 +313,7 @@ def test_a_models_penalty_is_mu_times_the_sum_over_its_layers(block, mu):
     S, C = second_moment(randn(len(W0), 9)), second_moment(X)
     layers = [adapted(W0, *null_space_start(W0, C, r, 0.5), 0.5) for _ in range(2)]
     penalty = KLPenalty(mu, [(layer, *fisher(S, C)) for layer in layers])
-    start = penalty()
+    start = penalty(0)
     expected = 0
     with torch.no_grad():
         for layer in layers:
@@ -322,8 +324,94 @@ def test_a_models_penalty_is_mu_times_the_sum_over_its_layers(block, mu):
     size = mu * sum((torch.cat([layer.lora_A, layer.lora_A0]).norm()
                      * torch.cat([layer.lora_B, layer.lora_B0]).norm()) ** 2 for layer in layers)
     error = 1e-12 * size * S.norm() * C.norm()
-    assert start.abs() <= error and (penalty() - expected).abs() <= error
-    assert KLPenalty(mu, [])() == 0
+    assert start.abs() <= error and (penalty(0) - expected).abs() <= error
+    assert KLPenalty(mu, [])(0) == 0
+
+
+@given(spd_pairs(), small, small, seeds)
+def test_ewc_and_l2_sp_by_their_formulas(pair, d_out, k, seed):
+    """EWC: ½ Σ F_ij ΔW_ij² with the diagonal F_ij = S_ii C_jj; L2-SP: a multiple of ‖ΔW‖², which is
+    the mean of EWC's over the entries where ΔW is the same everywhere."""
+    _, _, C = pair
+    S = second_moment(normal(seed)(d_out, 9))
+    P, G = normal(seed + 1)(d_out, k), normal(seed + 2)(k, len(C))
+    F, dW = torch.outer(S.diagonal(), C.diagonal()), P @ G
+    size = 1e-13 * P.norm() ** 2 * G.norm() ** 2 * S.norm() * C.norm()
+    assert (kl_penalty(P, G, *diagonal(S, C)) - (F * dW ** 2).sum() / 2).abs() <= size
+    assert (kl_penalty(P, G, *isotropic(S, C)) - F.mean() * dW.norm() ** 2 / 2).abs() <= size
+
+
+# ------------------------------------------------------------------------------------------------
+# Rehearsal
+
+def rehearsal(loss, weight=1.0, model=None, rows=4, seed=0):
+    samples = torch.randint(0, 31, (9, 12), generator=torch.Generator().manual_seed(1)).tolist()
+    return Rehearsal(loss, weight, samples, rows, model or micro(), micro(), seed)
+
+
+def with_lora(randn=None):
+    """`micro()` with adapters, at their start or moved from there."""
+    model = micro()
+    for layer in add_lora(model, 3).values():
+        layer.init_from(*kaiming_start(layer.weight, 3))
+        with torch.no_grad():
+            layer.lora_B += 0 if randn is None else randn(*layer.lora_B.shape).float()
+    return model
+
+
+@pytest.fixture
+def bytes_of_31(monkeypatch):
+    """<|endoftext|> is the last of `micro()`'s 31 tokens."""
+    monkeypatch.setattr(tasks, "get_encoding", lambda name: argparse.Namespace(eot_token=30))
+
+
+def test_distillation_starts_without_loss_or_gradient(bytes_of_31):
+    """Where the model is the base model, KL is zero, and so is its gradient; elsewhere neither is, and
+    KL is positive."""
+    for model, moved in (with_lora(), False), (with_lora(normal(0)), True):
+        loss = rehearsal(distill_loss, model=model)(0)
+        loss.backward()
+        gradient = sum(p.grad.norm() for n, p in model.named_parameters() if p.grad is not None)
+        assert (loss > 1e-3) == moved and (gradient > 1e-3) == moved
+        assert moved or abs(loss) < 1e-5
+
+
+def test_distillation_is_the_kl_from_the_base_model(bytes_of_31):
+    """Σ p (log p - log q) per token, over all tokens of the rows that have one before them."""
+    model, base = with_lora(normal(0)), micro()
+    term = rehearsal(distill_loss, model=model, rows=3)
+    x, y = rows_of(term, 5)
+    log_p, log_q = (torch.log_softmax(m(x), -1)[y != -100] for m in (base, model))
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+    assert term(5).item() == pytest.approx(expected.item(), rel=1e-4)
+
+
+def rows_of(term, step):
+    """The batch of a step."""
+    seen = []
+    dataclasses.replace(term, loss=lambda model, base, x, y: seen.append((x, y)) or 0)(step)
+    return seen[0]
+
+
+def test_replay_has_the_share_of_the_loss_that_its_weight_says(bytes_of_31):
+    """weight × the samples' mean cross-entropy: beside a task loss of the same size, the share is
+    weight / (1 + weight), whatever the number of rows and tokens."""
+    once, thrice = (rehearsal(replay_loss, weight)(2).item() for weight in (1, 3))
+    assert thrice == pytest.approx(3 * once, rel=1e-6)
+    x, y = rows_of(rehearsal(replay_loss), 2)
+    expected = torch.nn.functional.cross_entropy(micro()(x).flatten(0, 1), y.flatten())
+    assert once == pytest.approx(expected.item(), rel=1e-5)
+    assert once / (once + expected.item()) == pytest.approx(1 / 2, rel=1e-5)
+
+
+def test_rehearsed_rows_depend_on_the_step_and_the_seed_alone(bytes_of_31):
+    """Whole samples after <|endoftext|>, every token of which is a target."""
+    term = rehearsal(replay_loss)
+    (x, y), (again, _), (other, _) = (rows_of(term, step) for step in (3, 3, 4))
+    assert torch.equal(x, again) and not torch.equal(x, other)
+    assert not torch.equal(x, rows_of(dataclasses.replace(term, seed=1), 3)[0])
+    for inputs, targets in zip(x.tolist(), y.tolist()):
+        assert inputs[0] == 30 and targets in term.samples and inputs[1:] == targets[:-1]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -383,7 +471,7 @@ def test_a_method_asks_for_a_calibration_exactly_if_it_uses_one(name):
     except (TypeError, KeyError):  # an argument, or an entry, that only a calibration gives
         uses_moments = True
     assert method.needs_moments == uses_moments
-    others = method.replay > 0 or method.penalty is not None
+    others = method.rehearsal is not None or method.penalty is not None
     assert method.needs_calibration == (uses_moments or others)
 
 
@@ -450,9 +538,9 @@ def test_every_method_trains_what_it_says(name):
     factors = {n for n, _ in model.named_parameters() if n.endswith((".lora_A", ".lora_B"))}
     if name == "full":
         assert trained.keys() == {n for n, _ in micro().named_parameters()}
-    elif name.startswith(("sadam-full", "full-")):
+    elif name.startswith("sadam-full"):
         assert trained.keys() == matrices
-    elif name in ("lora-null-v2", "null-frozen", "leading-frozen"):
+    elif name == "lora-null-v2":
         assert trained.keys() == {n for n in factors if n.endswith("lora_B")}
     else:
         assert trained.keys() == factors and len(factors) == 2 * len(matrices)

@@ -1,82 +1,101 @@
 """What the report makes of finished runs."""
+import types
+
 import pytest
 from hypothesis import given, strategies as st
 
-from imagined import Imagined, do_all, logistic
-from study import report, stats, sweeps
-from study.variants import ABLATIONS
+from study import report, stats
+from study.report import at_target
+from study.runs import Curve
 
 percent = st.floats(0, 100)
 
 
-def test_retention_at_the_level_by_hand():
-    """Level 80: between 60 / 90 and 100 / 50 it lies in the middle, 70; the first crossing counts; a
-    seed that never gets there has none."""
-    study = Imagined()
-    study.level = lambda task: 80
-    found = {k: {"test": {"Avg2": t, "Avg1": kept}}
-             for k, t, kept in ((1, 60, 90), (2, 100, 50), (3, 70, 5))}
-    assert report.at_level(study, "code", found, "test") == pytest.approx(70)
-    assert report.at_level(study, "code", {2: found[2]}, "test") == pytest.approx(60)  # from 0 / 100
-    assert report.at_level(study, "code", {1: found[1]}, "test") is None
-    failed = {1: found[1], 2: {"failed": "not finite"}}
-    assert report.at_level(study, "code", failed, "test") is None
+def result(target, kept, **more):
+    scores = {"Avg2": target, "Avg1": kept, "kept": {"facts": {"score": kept}}, "unsampled": None}
+    return {"test": scores, "drift": 100 - kept, "kl": (100 - kept) / 1e4, "size": 1, **more}
 
 
-@given(st.lists(st.tuples(percent, percent), max_size=6), percent, percent)
-def test_frontier_area_grows_with_every_point_and_counts_only_what_is_reached(points, t, kept):
-    study = Imagined()
-    found = {k: {"valid": {"Avg2": t, "Avg1": kept}} for k, (t, kept) in enumerate(points)}
-    one = {-1: {"valid": {"Avg2": t, "Avg1": kept}}}
-    area = report.frontier_area(study, "code", found)
-    assert 0 <= area <= report.frontier_area(study, "code", {**found, **one}) <= 100
-    assert report.frontier_area(study, "code", one) == pytest.approx(kept * int(t) / 100)
+def kept(r):
+    return r["test"]["Avg1"]
 
 
-def test_each_method_is_tested_against_the_best_baseline_that_needs_no_more_memory():
-    """full keeps most but is larger than adapters; replay is the best of the baselines that fit."""
-    kept = {"full": 80, "replay": 60, "folora": 70, "sadam-full": 90}
-    size = {"full": 10, "sadam-full": 10}
-    study = do_all(Imagined(logistic(6, 1, 100),
-                            lambda run: kept.get(run.method, 20) + run.seed / 10 + run.k / 100,
-                            cost=lambda method: size.get(method, 2)))
-    rows = {row[0]: row[1] for row in report.comparison(study).rows}
-    assert rows["folora"]["baseline"] == "replay" and rows["sadam-full"]["baseline"] == "full"
-    assert rows["full"]["baseline"] == "replay"  # not itself
-    own, rival = (report.matched(study, "code", name) for name in ("folora", "replay"))
-    assert (rows["folora"]["difference"], rows["folora"]["p"]) == stats.welch(own, rival)
-    assert "to replay, p < 0.001" in report.comparison(study).markdown()
+def test_what_is_kept_at_the_target_by_hand():
+    """Between 60 / 90 and 100 / 50, 80 lies in the middle, 70; the first crossing counts; a curve
+    that never gets there has none, and a failed run is no point of it."""
+    start, found = result(0, 100), {1: result(60, 90), 2: result(100, 50), 3: result(70, 5)}
+    assert at_target(start, found, 80, kept) == pytest.approx(70)
+    assert at_target(start, {2: found[2]}, 80, kept) == pytest.approx(60)  # from 0 / 100
+    assert at_target(start, {1: found[1]}, 80, kept) is None
+    assert at_target(start, {1: found[1], 2: {"failed": "not finite"}}, 80, kept) is None
+    assert at_target(start, {1: result(80, 40)}, 80, kept) == pytest.approx(40)
+    assert at_target(start, {2: found[2]}, 80, lambda r: None) is None
 
 
-def test_ablations_are_shown_on_the_tasks_where_they_were_made(monkeypatch):
-    """The comparison on two tasks, the ablations on one: no column of the other."""
-    monkeypatch.setattr(report, "size_control", lambda *_, **__: {})
-    study = Imagined(logistic(6, 1, 100), lambda run: 100 - logistic(7, 1, 100)(run))
-    for study.tasks, ablate in (("math",), True), (("math", "code"), False):
-        do_all(study, ablate)
-    tables = [table for table in report.ablations(study) if table.rows]
-    assert [table.title.split(": ")[1].split(".")[0] for table in tables] == list(ABLATIONS)
-    for table in tables:
-        assert list(table.columns) == ["", f"math, at {study.level('math'):.0f}"]
-    text = tables[1].markdown()
-    assert "folora-truncated" in text and "(5)" in text and "(3)" in text
+@given(percent, percent, percent, percent, st.floats(1, 99))
+def test_interpolation_stays_between_its_points(t0, t1, y0, y1, target):
+    found = at_target(result(t0, y0), {0: result(t1, y1)}, target, kept)
+    if t1 < target:
+        assert found is None
+    elif t0 < target:
+        assert min(y0, y1) - 1e-6 <= found <= max(y0, y1) + 1e-6
 
 
-def test_tables_show_and_store_the_same_values():
-    table = report.Table("title", {"": "{}", "a": stats.interval, "b": "{:.1f}",
-                                   "c": report.joined("{:.0f}")},
-                         [["x", [1, 2, 3], None, [4.4, None]]])
-    assert table.markdown().splitlines()[-1].split(" | ")[1:] == ["2.0 ±2.5 (3)", "-", "4 / - |"]
-    assert table.json() == {"title": "title",
-                            "rows": [{"": "x", "a": [1, 2, 3], "b": None, "c": [4.4, None]}]}
+class Imagined:
+    """{(arm, foundation, seed): {rate index: result}}, all curves finished unless listed."""
+    foundations, seeds, tasks = 3, (1, 2), ("math",)
+
+    def __init__(self, curves, unfinished=()):
+        self.curves, self.unfinished = curves, unfinished
+        self.arms = list(dict.fromkeys(arm for arm, *_ in curves))
+        self.finished = {(Curve("math", *key), k): r
+                         for key, found in curves.items() for k, r in found.items()}
+
+    def along(self, curve):
+        key = curve.arm, curve.foundation, curve.seed
+        return self.curves[key], 0 if key in self.unfinished else None
+
+    def foundation(self, number):
+        return types.SimpleNamespace(start=lambda task: result(0, 100))
 
 
-def test_correlations_leave_out_results_without_the_measure():
-    """Older results have no KL."""
-    study = Imagined()
-    for k, (kept, kl) in enumerate([(90, 0.1), (50, 0.2), (50, 0.3), (10, None)]):
-        result = {"valid": {"Avg1": kept}, "drift": k, "size": -k}
-        study.finished[sweeps.Run("code", "lora", k, 0)] = result | ({"kl": kl} if kl else {})
-    drift, size, kl = report.correlations(study).rows
-    assert drift[1:] == [pytest.approx(-0.9486833), 4]
-    assert size[1:] == [pytest.approx(0.9486833), 4] and kl[1:] == [pytest.approx(-0.8660254), 3]
+def imagined(**more):
+    """folora r32 keeps 90, 80, 70 + seed's 0 or 2; lora r8 half of that and misses the target once."""
+    curves = {}
+    for number, base in enumerate((90, 80, 70)):
+        for seed in (1, 2):
+            at = base + 2 * (seed - 1)
+            curves["folora r32", number, seed] = {0: result(80, at)}
+            curves["lora r8", number, seed] = {0: result(80 if number else 10 * seed, at / 2)}
+    return Imagined(curves, **more)
+
+
+def test_seeds_are_averaged_within_a_foundation_first():
+    study = imagined()
+    assert report.values(study, "math", "folora r32")["kept"] == [91, 81, 71]
+    assert report.values(study, "math", "lora r8")["kept"] == [None, 40.5, 35.5]
+    assert report.values(study, "math", "lora r8")["facts not sampled"] == [None] * 3
+
+
+def test_an_arm_is_reported_when_all_its_curves_are_finished():
+    study = imagined(unfinished=[("lora r8", 2, 1)])
+    assert report.values(study, "math", "lora r8") == {}
+    text, stored = report.of_task(study, "math")
+    assert "| lora r8 " not in text and list(stored["arms"]) == ["folora r32"]
+
+
+def test_the_table_by_hand():
+    """91, 81, 71: 81 ± 4.303 · 10/√3. lora's pairs differ by -40.5 and -35.5: t = 15.2, df 1."""
+    lines = report.of_task(imagined(), "math")[0].splitlines()
+    first, second = (line.split(" | ") for line in lines[4:6])
+    assert [cell.strip() for cell in first[1:3]] == ["91 / 81 / 71", "81.0 ±24.8 (3)"]
+    assert "- / 40 / 36" in second[1] and second[2].strip() == "38.0 ±31.8 (2 of 3)"
+    p = stats.t_pvalue(15.2, 1)
+    assert second[-1].strip().startswith(f"-38.0 (p {p:.3f})")
+
+
+def test_correlations_over_all_runs():
+    """Here drift and KL are what is lost, exactly; size is constant."""
+    found, runs = report.correlations(imagined(), "math")
+    assert runs == 12 and found["kl"][0] == pytest.approx(-1) and found["size"] == (None, None)
+    assert found["drift"][1] == pytest.approx(-1)

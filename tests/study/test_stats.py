@@ -8,8 +8,6 @@ from hypothesis import assume, given, strategies as st
 
 from study import stats
 
-values = st.lists(st.floats(-100, 100), min_size=2, max_size=6)
-
 
 @pytest.mark.parametrize("t, df, p", [(12.706, 1, 0.05), (4.303, 2, 0.05), (2.571, 5, 0.05),
                                       (63.657, 1, 0.01), (3.169, 10, 0.01), (0, 3, 1)])
@@ -35,34 +33,38 @@ def test_p_falls_with_t_and_with_the_degrees_of_freedom(t, more, df):
         assert stats.t_pvalue(t, df + more) <= stats.t_pvalue(t, df) * (1 + 1e-9)
 
 
-def test_welch_by_hand():
-    """[1, 2, 3] and [2, 4, 6, 9]: variances 1 and 8.92, t = -2.030, df = 3.836."""
-    difference, p = stats.welch([1, 2, 3], [2, 4, 6, 9])
-    assert difference == -3.25
-    assert p == pytest.approx(stats.t_pvalue(-2.0303, 3.8356), rel=1e-3) and 0.11 < p < 0.12
+def test_paired_by_hand():
+    """Gaps 1, 2, 3: t = 2 / (1/√3) = 3.464, df = 2, and in closed form p = 1 - t/√(2 + t²)."""
+    difference, p = stats.paired([2, 4, 6], [1, 2, 3])
+    assert difference == 2 and p == pytest.approx(1 - (12 / 14) ** 0.5, rel=1e-6)
+    assert stats.paired([2, 4, None, 6], [1, 2, 3, 3]) == stats.paired([2, 4, 6], [1, 2, 3])
 
 
-def test_welch_without_spread_or_with_one_value():
-    assert stats.welch([1, 1], [1, 1]) == (0, 1)
-    assert stats.welch([1, 1], [2, 2]) == (-1, 0)
-    assert stats.welch([3], [1, 2]) == (1.5, None)
+def test_paired_without_spread_or_with_few_pairs():
+    assert stats.paired([1, 2], [1, 2]) == (0, 1) and stats.paired([2, 3], [1, 2]) == (1, 0)
+    assert stats.paired([3, None], [1, 2]) == (2, None) and stats.paired([None], [1]) == (None, None)
 
 
-@given(values, values, st.floats(0.1, 10), st.floats(-10, 10))
-def test_welch_is_symmetric_and_free_of_units(a, b, scale, shift):
-    assume(min(statistics.pstdev(a), statistics.pstdev(b)) > 0.1)
-    difference, p = stats.welch(a, b)
-    assert stats.welch(b, a) == (pytest.approx(-difference, abs=1e-9), pytest.approx(p, rel=1e-6))
-    moved = [[scale * x + shift for x in values] for values in (a, b)]
-    assert stats.welch(*moved)[1] == pytest.approx(p, rel=1e-4, abs=1e-12)
+@given(st.lists(st.tuples(st.floats(-100, 100), st.floats(-100, 100)), min_size=2, max_size=6),
+       st.floats(0.1, 10))
+def test_paired_is_antisymmetric_and_free_of_units(pairs, scale):
+    assume(statistics.pstdev(x - y for x, y in pairs) > 0.1)
+    a, b = zip(*pairs)
+    difference, p = stats.paired(a, b)
+    assert stats.paired(b, a) == (pytest.approx(-difference, abs=1e-9), pytest.approx(p, rel=1e-6))
+    scaled = [[scale * v for v in column] for column in (a, b)]
+    assert stats.paired(*scaled)[1] == pytest.approx(p, rel=1e-6)
 
 
-def test_welch_rejects_a_true_hypothesis_as_often_as_it_says():
-    """Normal samples of equal mean and unequal variance: p < 0.05 in about 5 % of 500 draws."""
+def test_paired_rejects_a_true_hypothesis_as_often_as_it_says():
+    """Pairs that share most of their spread, without a difference: p < 0.05 in 5 % of 500 draws."""
     rng = random.Random(0)
-    draws = [stats.welch([rng.gauss(0, 1) for _ in range(5)], [rng.gauss(0, 5) for _ in range(3)])
-             for _ in range(500)]
-    assert 0.02 < stats.mean(p < 0.05 for _, p in draws) < 0.08
+
+    def pair():
+        shared = rng.gauss(0, 5)
+        return shared + rng.gauss(0, 1), shared + rng.gauss(0, 1)
+    draws = [stats.paired(*zip(*(pair() for _ in range(3))))[1] for _ in range(500)]
+    assert 0.02 < stats.mean(p < 0.05 for p in draws) < 0.08
 
 
 def test_interval_by_hand():
@@ -93,3 +95,29 @@ def test_rank_correlation_ignores_order_and_monotone_maps(pairs, rng):
     assert (found is shuffled is None) or shuffled == pytest.approx(found, abs=1e-12)
     if found is not None:
         assert -1 <= found <= 1 and stats.rank_correlation(x, x) == pytest.approx(1)
+
+
+def test_partial_rank_correlation_by_hand():
+    """Correlations of 0.5, 0.5 and -0.5 give (0.5 + 0.25) / 0.75 = 1."""
+    x, y, z = [1, 2, 3], [1, 3, 2], [2, 1, 3]
+    assert [stats.rank_correlation(*pair) for pair in ((x, y), (x, z), (y, z))] == [
+        pytest.approx(0.5), pytest.approx(0.5), pytest.approx(-0.5)]
+    assert stats.partial_rank_correlation(x, y, z) == pytest.approx(1)
+    assert stats.partial_rank_correlation(x, y, x) is None
+    assert stats.partial_rank_correlation(x, [5, 5, 5], z) is None
+
+
+@given(st.integers(0, 999))
+def test_partial_rank_correlation_is_that_of_the_residuals(seed):
+    """Pearson's correlation of what linear regressions on z's ranks leave of the ranks."""
+    rng = random.Random(seed)
+    z = [rng.randrange(6) for _ in range(12)]
+    x, y = ([v + rng.gauss(0, 2) for v in z] for _ in range(2))
+    assume(len(set(z)) > 1)
+
+    def residuals(values):
+        a, b = stats.ranks(z), stats.ranks(values)
+        slope, intercept = statistics.linear_regression(a, b)
+        return [v - slope * u - intercept for u, v in zip(a, b)]
+    expected = statistics.correlation(residuals(x), residuals(y))
+    assert stats.partial_rank_correlation(x, y, z) == pytest.approx(expected, abs=1e-9)

@@ -1,35 +1,134 @@
-"""The parts that the ablations exchange."""
+"""The parts that the ablations exchange, and the candidates' formulas."""
+import pytest
 import torch
 from hypothesis import given, strategies as st
 
+import train
 from extras import baselines
+from folora import SAdam, forgetting_penalty, solve_layer
+from matrices import adapted, blocks, close, normal, second_moment, seeds
+from model import LoRALinear
 from study import variants
-from study.variants import ABLATIONS, ALIASES, BASELINES, COMPARED, METHODS
+from study.variants import METHODS
+
+
+class OneLayer(torch.nn.Module):
+    """What a loop sees of a model: one adapter."""
+
+    block_prefix = ""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+
+def one_step(monkeypatch, block, loop, change, steps=1, lr=0.5):
+    """The layer after `loop`, in which each step adds change() to A and B, and its basis and gate."""
+    W0, _, X, r, randn = block
+    m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
+    layer = adapted(W0, randn(r, len(X)), randn(len(W0), r))
+    model, spectral = OneLayer(layer), {layer.lora_A: baselines.sadam(m, 1.0, 0.3)}
+    optimizer = SAdam([layer.lora_A, layer.lora_B], spectral, lr=lr)
+
+    def training_loop(model, optimizers, *_, after=None, **__):
+        for step in range(1, steps + 1):
+            with torch.no_grad():
+                for p in layer.lora_A, layer.lora_B:
+                    p += change(p)
+            if after:
+                after(step)
+        return []
+    monkeypatch.setattr(train, "training_loop", training_loop)
+    loop(model, [optimizer], None, {}, None)
+    return layer, optimizer, m
 
 
 def test_variants_extend_the_methods_without_changing_them():
     assert {**METHODS, **baselines.METHODS} == METHODS
-    named = {method for group in ABLATIONS.values() for method, _ in group.values()}
-    assert named | set(COMPARED) | set(BASELINES) <= set(METHODS)
-    assert set(ALIASES.values()) <= set(METHODS) and not set(ALIASES) & set(METHODS)
-    assert not set(METHODS) - set(baselines.METHODS) & set(baselines.METHODS)
-
-
-@given(st.integers(2, 12), st.integers(1, 12), st.integers(0, 99))
-def test_few_directions_keep_the_trace_and_the_leading_ones(d, k, seed):
-    """Tr(C) and the k leading eigenvalues stay, all others become one; with k >= d nothing changes."""
-    X = torch.randn(2 * d, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    C = X.T @ X
-    S, simplified = variants.few_directions(2 * C, C, k)
-    assert torch.allclose(S, 2 * simplified)
-    assert torch.allclose(simplified.trace(), C.trace())
-    before, after = torch.linalg.eigvalsh(C), torch.linalg.eigvalsh(simplified)
-    assert torch.allclose(before[-k:], after[-k:])
-    rest = after[:max(0, d - k)]
-    assert torch.allclose(rest, before[:len(rest)].mean().expand(len(rest)))
+    assert not variants.TRICKS.keys() & baselines.METHODS.keys()
 
 
 def test_an_even_gate_has_the_mean_of_foloras():
     moments = {"basis": torch.eye(3), "eigvals": torch.tensor([9.0, 1.0, 0.0])}
     _, gate = variants.even_gate(moments, 1.0, 0.3)
     assert torch.allclose(gate, torch.full((3,), (0.9 + 0.5 + 0.3) / 3))
+
+
+@given(block=blocks())
+def test_the_tangent_is_linear_in_what_is_learned(block):
+    """W0 + κ(B0 ΔA + ΔB A0), by the forward pass, merged, and in `delta_factors`."""
+    W0, _, X, r, randn = block
+    A0, B0, dA, dB = randn(r, len(X)), randn(len(W0), r), randn(r, len(X)), randn(len(W0), r)
+    layer = adapted(W0, A0, B0, 0.5)
+    layer.__class__ = variants.TangentLinear
+    with torch.no_grad():
+        layer.lora_A += dA
+        layer.lora_B += dB
+    dW = 0.5 * (B0 @ dA + dB @ A0)
+    x = randn(7, len(X))
+    assert close(layer(x), x @ (W0 + dW).T + layer.bias, 1e-11)
+    assert close(layer.to_linear(merged=True).weight, W0 + dW, 1e-11)
+    P, G = layer.delta_factors()
+    assert (P @ G - dW).norm() <= 1e-11 * (1 + P.norm() * G.norm())
+
+
+def test_the_tangent_replaces_every_adapter(monkeypatch):
+    block = normal(0)(3, 4), None, normal(1)(4, 9), 2, normal(2)
+    layer, *_ = one_step(monkeypatch, block, variants.tangent, torch.zeros_like)
+    assert type(layer) is variants.TangentLinear and issubclass(variants.TangentLinear, LoRALinear)
+
+
+@given(block=blocks())
+def test_pull_back_by_the_formula(block):
+    """One step: ΔB loses the share ηω, ΔA the share ηω(1 - s̃) in the basis' coordinates; in H's inner
+    product, so ΔA's forgetting penalty falls."""
+    with pytest.MonkeyPatch.context() as patch:
+        randn = normal(5)
+        changes = []
+
+        def change(p):
+            changes.append(randn(*p.shape))
+            return changes[-1]
+        layer, _, m = one_step(patch, block, variants.pulled_back(0.5), change)
+    (dA, dB), share = changes, 0.25
+    V, gate = baselines.sadam(m, 1.0, 0.3)
+    expected = dA - share * (dA @ m["H"] @ V * (1 - gate)) @ V.T  # V⁻ᵀ = HV
+    found = layer.lora_A - layer.lora_A0
+    size = 1 + dA.norm() * m["H"].norm() * V.norm() ** 2
+    assert (found - expected).norm() <= 1e-8 * size
+    assert close(layer.lora_B - layer.lora_B0, (1 - share) * dB, 1e-9)
+    assert forgetting_penalty(found, m["H"]) <= forgetting_penalty(dA, m["H"]) * (1 + 1e-9)
+
+
+def test_the_average_by_hand(monkeypatch):
+    """A rises by 1 each step: with decay d the mean of the values, weighted by d per step of age."""
+    block = normal(0)(3, 4), None, normal(1)(4, 9), 2, normal(2)
+    layer, *_ = one_step(monkeypatch, block, variants.averaged(0.5), torch.ones_like, steps=3)
+    expected = (0.25 * 1 + 0.5 * 2 + 1 * 3) / 1.75
+    for now, start in (layer.lora_A, layer.lora_A0), (layer.lora_B, layer.lora_B0):
+        assert close(now - start, torch.full_like(now, expected))
+
+
+def test_b_has_its_own_rate(monkeypatch):
+    block = normal(0)(3, 4), None, normal(1)(4, 9), 2, normal(2)
+    layer, optimizer, _ = one_step(monkeypatch, block, variants.b_rate(0.25), torch.zeros_like)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates == {layer.lora_A: 0.5, layer.lora_B: 0.125}
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), seeds)
+def test_compression_is_nearest_in_the_metric(d_out, d_in, rank, seed):
+    """No other ΔW of this rank is nearer; a ΔW of this rank stays what it is."""
+    randn = normal(seed)
+    dW, C = randn(d_out, d_in), second_moment(randn(d_in, 20))
+    H = C / C.diagonal().mean() + 0.01 * torch.eye(d_in)
+    near = variants.compressed(rank)(dW, C)
+    assert torch.linalg.matrix_rank(near, rtol=1e-9) <= rank
+    error = forgetting_penalty(dW - near, H)
+    for _ in range(5):
+        other = near + 0.1 * randn(d_out, rank) @ randn(rank, d_in)
+        U, S, Vh = torch.linalg.svd(other, full_matrices=False)
+        other = (U[:, :rank] * S[:rank]) @ Vh[:rank]
+        assert error <= forgetting_penalty(dW - other, H) * (1 + 1e-9) + 1e-20
+    low = randn(d_out, rank) @ randn(rank, d_in)
+    assert close(variants.compressed(rank)(low, C), low, 1e-9)
