@@ -14,6 +14,7 @@ Only C_task depends on the task; the rest is cached in out/proxy.pt.
 import collections
 import hashlib
 import itertools
+import math
 import pathlib
 import random
 import re
@@ -30,7 +31,7 @@ from extras.machine import (Progress, all_gather, all_reduce_sum, pick_device, r
 from extras.tables import spectrum_table
 from extras.user_data import load_items
 from folora import SecondMoment
-from model import block_linears, forward_hooks, generate
+from model import block_linears, forward_hooks, generate, input_twin
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -91,6 +92,9 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
     generator = torch.Generator(device).manual_seed(seed + 10 ** 6 * rank)
     rng = random.Random(f"decoding {seed + 10 ** 6 * rank}")
     accepted, rejected, seen, tries = [], collections.Counter(), set(), 0
+    row = 2 * model.config.n_layer * math.prod(model.config.kv_shape) * (max_new + 1)
+    if device.type == "cpu":  # keys and values of at most 1 GB
+        batch = max(1, min(batch, 2 ** 28 // row))
     batch = -(-min(batch, count) // world)  # texts at a time
     progress = Progress("sampling", count)
 
@@ -146,18 +150,21 @@ def means_of(moments):
 @torch.no_grad()
 def second_moments(model, rows, batch=64, moments_device=None):
     """{layer: C = E[x xᵀ] (d_in, d_in) float64} of every linear layer's input x, over all tokens of
-    `rows` (token lists) except padding.
+    `rows` (token lists) except padding. Layers that read the same input share one tensor.
 
     moments_device="cpu" keeps the sums in host memory, and one layer's at a time on the GPU.
     """
-    layers = block_linears(model)
+    measured = {name: input_twin(model, name) for name in block_linears(model)}
+    layers = {name: layer for name, layer in block_linears(model).items()
+              if measured[name] == name}
     moments = {name: SecondMoment(layer.in_features, moments_device or model.lm_head.weight.device)
                for name, layer in layers.items()}
     # with a target after the last token, that token is an input too
     for x, y in batches_of(model, [[*row, 0] for row in rows], batch):
         with forward_hooks(layers, lambda name, inputs: moments[name].add(inputs, y != -100)):
             model.features(x)
-    return means_of(moments)
+    means = means_of(moments)
+    return {name: means[twin] for name, twin in measured.items()}
 
 
 def gradient_moments(model, rows, batch=32, moments_device=None):

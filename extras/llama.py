@@ -126,6 +126,7 @@ class LlamaBlock(nn.Module):
 
 class Llama(nn.Module):
     block_prefix = "model.layers."  # names of the layers that LoRA adapts begin with it
+    same_input = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
     def __init__(self, config):
         super().__init__()

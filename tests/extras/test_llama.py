@@ -145,15 +145,16 @@ def test_lora_on_every_projection_of_the_blocks(model):
         add_lora(tiny(), 17)
 
 
-def test_its_layers_are_measured_and_those_with_one_input_alike():
+def test_its_layers_are_measured_and_those_with_one_input_once():
     model, rows = tiny(), tokens(4).tolist()
     C, S = calibrate.second_moments(model, rows), calibrate.gradient_moments(model, rows)
     assert C.keys() == S.keys() == block_linears(model).keys()
     for block in "model.layers.0", "model.layers.1":
         q, *others = (C[f"{block}.{name}"] for name in (
             "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
-        assert all(torch.equal(q, other) for other in others)
-        assert torch.equal(C[f"{block}.mlp.gate_proj"], C[f"{block}.mlp.up_proj"])
+        assert all(q is other for other in others)
+        assert C[f"{block}.mlp.gate_proj"] is C[f"{block}.mlp.up_proj"]
+        assert C[f"{block}.self_attn.o_proj"] is not q
 
 
 @pytest.mark.parametrize("change, message", [
