@@ -1,5 +1,5 @@
-"""All methods in one table: how each differs from LoRA in where it starts, how it steps, and what it
-adds to the loss. Singular value decompositions are in float64."""
+"""All methods in one table: how each differs from LoRA in where it starts, how it steps, what it adds to
+the loss. Singular value decompositions are in float64."""
 import math
 import random
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import tasks
 from extras.machine import autocast
 from folora import check_rank, leading_start, null_space_start, spectral_gate
+from model import LoRALinear
 
 
 # ------------------------------------------------------------------------------------------------
@@ -50,11 +51,12 @@ def milora_start(W0, r, scale=1.0, **_):
 
 
 def corda_start(W0, C_pre, r, scale=1.0, damping=0.01, **_):
-    """CorDA, knowledge-preserved (arXiv 2406.05223): κB0A0 = the r smallest components of W0 C, times
-    C⁻¹, with C = C_pre + damping · mean diag(C_pre) · I. The unit of C_pre decides how B0 and A0
-    share them."""
+    """CorDA, knowledge-preserved (arXiv 2406.05223): κB0A0 = the r smallest components of W0 C,
+    times C⁻¹, with C = C_pre + damping · mean diag(C_pre) · I. The unit of C_pre decides how B0 and
+    A0 share them."""
     check_rank(r, W0)
-    C = C_pre.double() + damping * C_pre.double().diagonal().mean() * torch.eye(len(C_pre)).to(C_pre)
+    C_pre = C_pre.double()
+    C = C_pre + damping * C_pre.diagonal().mean() * torch.eye(len(C_pre)).to(C_pre)
     U, S, Vh = svd(W0.double() @ C)
     Vh_C_inverse = torch.linalg.solve(C, Vh[-r:].T).T  # C is symmetric
     return even_split(W0, U[:, -r:], S[-r:], Vh_C_inverse, scale)
@@ -80,9 +82,23 @@ def sc_lora_start(W0, C_pre, C_task, r, scale=1.0, beta=0.5, **_):
 
 def oplora_protected(W0, k=16):
     """OPLoRA (arXiv 2510.13003): (U_k (d_out, k), V_k (d_in, k)), the k leading singular vectors of
-    W0. The layer then learns ΔW = (I - U_kU_kᵀ) BA (I - V_kV_kᵀ)."""
+    W0, which the layer may not use."""
     U, _, Vh = svd(W0)
     return U[:, :k].to(W0), Vh[:k].T.to(W0)
+
+
+class ProtectedLinear(LoRALinear):
+    """An adapter that learns ΔW = (I - UUᵀ) BA (I - VVᵀ), orthonormal columns U, V."""
+
+    def factors(self):
+        A, B = super().factors()
+        return A - (A @ self.lora_V) @ self.lora_V.T, B - self.lora_U @ (self.lora_U.T @ B)
+
+
+def protect(layer, U, V):
+    """Make an adapter that starts with B0 = 0 a ProtectedLinear."""
+    layer.__class__ = ProtectedLinear
+    layer.register_buffer("lora_U", U), layer.register_buffer("lora_V", V)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -105,8 +121,8 @@ def truncated(m, lam, s_min):
 def kl_penalty(P, G, S, C):
     """½ Tr(S ΔW C ΔWᵀ) of ΔW = PG, P (d_out, k), G (k, d_in), in O(k d²): a scalar.
 
-    Eq. 6 asks how far outputs move. With S = E[δδᵀ], δ the loss's gradient at these outputs, it also
-    asks how much the model depends on them. On the model's own samples C ⊗ S is its Fisher
+    Eq. 6 asks how far outputs move. With S = E[δδᵀ], δ the loss's gradient at these outputs, it
+    also asks how much the model depends on them. On the model's own samples C ⊗ S is its Fisher
     information in the K-FAC approximation (arXiv 1503.05671), and the sum over layers estimates the
     KL divergence of the adapted from the base model in nats per token, to second order. As a
     penalty against forgetting: Ritter et al., arXiv 1805.07810.
@@ -119,7 +135,7 @@ def fisher(S_pre, C_pre):
 
 
 def diagonal(S_pre, C_pre):
-    """EWC (arXiv 1612.00796): the Fisher information's diagonal alone, of the same K-FAC estimate."""
+    """EWC (arXiv 1612.00796): the diagonal alone of the same K-FAC estimate of the Fisher."""
     return S_pre.diagonal().diag(), C_pre.diagonal().diag()
 
 
@@ -150,8 +166,8 @@ def replay_loss(model, base, x, y):
 
 
 def distill_loss(model, base, x, y):
-    """Learning without Forgetting (arXiv 1606.09282): KL(base ‖ model) per token of the samples, nats.
-    Its gradient is zero at the start."""
+    """Learning without Forgetting (arXiv 1606.09282): KL(base ‖ model) in nats per token of the
+    samples. Its gradient is zero at the start."""
     with torch.no_grad():
         target = base(x, only=y != -100).float().log_softmax(-1)
     found = model(x, only=y != -100).float().log_softmax(-1)
@@ -200,8 +216,8 @@ class Method:
         return bool(self.needs_moments or self.penalty or self.rehearsal)
 
 
-# Default rates: each reached 80 % of LoRA's best validation score on all three tasks in sweeps, where
-# any rate did; otherwise 8e-3.
+# Default rates: each reached 80 % of LoRA's best validation score on all three tasks in sweeps,
+# where any rate did; otherwise 8e-3.
 METHODS = MappingProxyType({
     "full": Method(None, lr=3.5e-4, source="-"),
     "lora": Method(source="2106.09685"),

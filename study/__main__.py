@@ -40,7 +40,8 @@ def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS, report
     p.set_defaults(run=study, all_tasks=list(all_tasks), all_arms=arms, report_only=report_only)
     p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, metavar="TASK",
                    help=f"of {', '.join(tasks.TASKS)}; default: {', '.join(all_tasks)}")
-    p.add_argument("--arms", nargs="+", metavar="ARM", help='such as "folora r8"; see study/arms.py')
+    p.add_argument("--arms", nargs="+", metavar="ARM",
+                   help='such as "folora r8"; see study/arms.py')
     p.add_argument("--foundations", type=positive_int, default=3, help="pretraining seeds")
     p.add_argument("--seeds", type=nonneg_int, nargs="+", default=[1], help="of fine-tuning")
     p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; math, one foundation")

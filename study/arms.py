@@ -45,8 +45,9 @@ ABLATIONS = {
     "twice the steps": [Arm("folora", 32, 3), Arm("folora", 32, 0, "--steps 400"),
                         Arm("folora", 8, 4, "--steps 400"), Arm("lora", 8, 1, "--steps 400"),
                         Arm("sadam-full", 0, -4, "--steps 400")],
-    "calibration": [Arm("folora", 32, 3), *(Arm("folora", 32, 3, f"--calibration calibration-{name}")
-                                            for name in ("true", "prose", "16"))],
+    "calibration": [Arm("folora", 32, 3),
+                    *(Arm("folora", 32, 3, f"--calibration calibration-{name}")
+                      for name in ("true", "prose", "16"))],
     "an adapter that keeps as much": [
         Arm("folora", 32, 3),
         *(Arm(f"folora-{trick}", rank, first + more) for rank, first in ((32, 3), (8, 7))

@@ -61,8 +61,8 @@ def rank(study, stored):
             points = sorted((r, kept) for r, kept in points.items() if kept)
             ax.plot([r for r, _ in points], [stats.mean(kept) for _, kept in points], color=colour,
                     label=method)
-            ax.plot([r for r, kept in points for _ in kept], [v for _, kept in points for v in kept],
-                    color=colour, marker=marker, linestyle="")
+            ax.plot(*zip(*((r, v) for r, kept in points for v in kept)), color=colour,
+                    marker=marker, linestyle="")
         ax.set_xscale("log", base=2)
         ax.set(xlabel="rank")
     return panels(study.tasks, "kept at the target, % right", draw)

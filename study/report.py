@@ -84,7 +84,8 @@ def of_task(study, task):
     related, runs = correlations(study, task)
     texts.append(f"{task}, rank correlation with what is kept, {runs} runs\n\n" + markdown(
         ["measure of ΔW", "alone", "given the target score"],
-        [[key, *("-" if v is None else f"{v:.2f}" for v in pair)] for key, pair in related.items()]))
+        [[key, *("-" if v is None else f"{v:.2f}" for v in pair)]
+         for key, pair in related.items()]))
     return "\n\n".join(texts), {"target": TARGET[task], "arms": found, "runs": runs,
                                 "correlations": related}
 

@@ -222,8 +222,8 @@ def describe(curve, k, result):
             f"lr {rate(k):<8g}")
     if "failed" in result:
         return line + result["failed"]
-    return (f"{line}target {result['test']['Avg2']:5.1f}  kept {result['test']['Avg1']:5.1f}  drift "
-            f"{result['drift']:5.1f} %  KL {result['kl']:.3f}  {result['seconds']:.0f} s")
+    return (f"{line}target {result['test']['Avg2']:5.1f}  kept {result['test']['Avg1']:5.1f}  "
+            f"drift {result['drift']:5.1f} %  KL {result['kl']:.3f}  {result['seconds']:.0f} s")
 
 
 def calibrate_on(name, options):

@@ -41,8 +41,8 @@ def paired(a, b):
 
 
 def interval(values):
-    """"mean ±half width (n)" of the 95 % interval; None stands for one that never reached the target.
-    "(2 of 3)": one of three did not; "-": none did."""
+    """"mean ±half width (n)" of the 95 % interval; None stands for one that never reached the
+    target. "(2 of 3)": one of three did not; "-": none did."""
     reached = [v for v in values if v is not None]
     if not reached:
         return "-"
@@ -70,7 +70,7 @@ def rank_correlation(x, y):
 
 
 def partial_rank_correlation(x, y, z):
-    """Of x and y given z: Spearman's correlation after z's linear effect on both ranks is removed."""
+    """Of x and y given z: Spearman's correlation without z's linear effect on both ranks."""
     xy, xz, yz = (rank_correlation(*pair) for pair in ((x, y), (x, z), (y, z)))
     if None in (xy, xz, yz) or 1 in (abs(xz), abs(yz)):
         return None

@@ -1,5 +1,5 @@
-"""Variants of FoLoRA and of what trains it, for the study alone: `Method`s, and `TRICKS` that change
-the training loop or its result."""
+"""Variants of FoLoRA and of what trains it, for the study alone: `Method`s, and `TRICKS` that
+change the training loop or its result."""
 import torch
 
 import train
@@ -60,7 +60,8 @@ def averaged(decay):
         def after(step):
             for p, mean in means.items():
                 mean.lerp_(p, (1 - decay) / (1 - decay ** step))
-        losses = train.training_loop(model, optimizers, batch, settings, None, after=after, **options)
+        losses = train.training_loop(model, optimizers, batch, settings, None, after=after,
+                                     **options)
         with torch.no_grad():
             for p, mean in means.items():
                 p.copy_(mean)

@@ -16,7 +16,8 @@ TINY = ["--foundations", "1", "--tasks", "code", *STAGES]  # their rank of 2 rep
 
 
 def compare(out, *arms, workers="1", more=()):
-    command.main(["compare", *TINY, "--arms", *arms, "--workers", workers, "--out", str(out), *more])
+    command.main(["compare", *TINY, "--arms", *arms, "--workers", workers, "--out", str(out),
+                  *more])
 
 
 def open_study(out, *arms):
