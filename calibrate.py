@@ -163,7 +163,7 @@ def second_moments(model, rows, batch=64, moments_device=None):
     for x, y in batches_of(model, [[*row, 0] for row in rows], batch):
         with forward_hooks(layers, lambda name, inputs: moments[name].add(inputs, y != -100)):
             model.features(x)
-    means = means_of(moments)
+    means = {name: C.cpu() for name, C in means_of(moments).items()}
     return {name: means[twin] for name, twin in measured.items()}
 
 
@@ -247,7 +247,7 @@ def calibrate(args, source="own", write=own_samples):
         prompts = [[encoding.eot_token] + encoding.encode_ordinary(query) for query in queries]
         prompts = [tokens[:model.config.block_size] for tokens in prompts]
         C_task = second_moments(model, prompts, moments_device=args.moments_device)
-        layers = {name: {"C_pre": cached["C_pre"][name].cpu(), "C_task": C.cpu(),
+        layers = {name: {"C_pre": cached["C_pre"][name].cpu(), "C_task": C,
                          "S_pre": cached["S_pre"][name].cpu()} for name, C in C_task.items()}
         print(spectrum_table(layers))
         return {"layers": layers, "samples": cached["samples"]}

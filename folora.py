@@ -207,7 +207,7 @@ class SAdam(torch.optim.Optimizer):
             raise ValueError(f"lr is {lr}; the learning rate must not be negative")
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         known = {p for group in self.param_groups for p in group["params"]}
-        self.spectral = {}
+        self.spectral, copies = {}, {}
         for A, (V, gate) in (spectral or {}).items():
             if A not in known:
                 raise ValueError(f"spectral holds a parameter of shape {tuple(A.shape)} "
@@ -216,7 +216,10 @@ class SAdam(torch.optim.Optimizer):
                 raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit "
                                  f"a parameter of shape {tuple(A.shape)}; "
                                  "they must be (d_in, k) and (k,)")
-            self.spectral[A] = V.to(A.device, basis_dtype or A.dtype), gate.to(A)
+            place = V.data_ptr(), V.shape  # parameters with the same basis share one copy of it
+            if place not in copies:
+                copies[place] = V.to(A.device, basis_dtype or A.dtype)
+            self.spectral[A] = copies[place], gate.to(A)
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -17,7 +17,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, KLPenalty, Rehearsal, find_method
+from extras.baselines import METHODS, KLPenalty, Rehearsal, find_method, protect
 from extras.chunked_loss import large_vocab_loss
 from extras.cli import command, train_parser
 from extras.export import export
@@ -252,6 +252,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
         # 3. Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
         optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
                           basis_dtype=getattr(torch, args.basis_dtype))
+        del spectral  # bases in float64
         # 4. Train, 5. save what was trained.
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
                       penalty=penalty, parts=args.accumulate)
@@ -270,9 +271,10 @@ def apply_method(model, method, args, calibration):
     spectral, penalised = {}, []
     generator = torch.Generator().manual_seed(args.seed)
     progress = Progress("solving layers", len(layers))
+    on_device = functools.lru_cache(maxsize=3)(lambda C: C.to(next(model.parameters()).device))
     for number, (name, layer) in enumerate(layers.items()):
         progress(number)
-        moments = calibration and {key: C.to(layer.weight.device)
+        moments = calibration and {key: on_device(C)
                                    for key, C in calibration["layers"][name].items()}
         spectral |= start_layer(name, layer, method, moments, args, generator)
         if method.penalty:
@@ -287,11 +289,15 @@ def apply_method(model, method, args, calibration):
     return spectral, lambda step: penalty(step) + rehearsal(step)
 
 
+# layers that read the same input share their moments: one eigenproblem, one basis
+solve_once = functools.lru_cache(maxsize=1)(solve_layer)
+
+
 def start_layer(name, layer, method, moments, args, generator):
     """Solve one layer's eigenproblem, set its start, and return {parameter: (basis, gate)} for the
     parameter whose steps are taken in that basis; {} where a method steps with plain Adam."""
     W0 = layer.weight
-    m = solve_layer(moments["C_pre"], moments["C_task"], args.tau) if method.needs_moments else {}
+    m = solve_once(moments["C_pre"], moments["C_task"], args.tau) if method.needs_moments else {}
     if method.start:
         A0, B0 = method.start(W0, r=args.rank, scale=args.scale, generator=generator, **m)
         layer.init_from(A0, B0)
@@ -303,7 +309,7 @@ def start_layer(name, layer, method, moments, args, generator):
         if U.shape[1] >= min(W0.shape):
             raise ValueError(f"{args.method} protects {U.shape[1]} directions of {name}, all that "
                              f"its {tuple(W0.shape)} have; use a wider foundation")
-        layer.protect(U, V)
+        protect(layer, U, V)
     return {trained: method.steps(m, args.lam, args.s_min)} if method.steps else {}
 
 

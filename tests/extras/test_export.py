@@ -114,3 +114,17 @@ def test_ranks_that_the_narrow_key_and_value_layers_cannot_have(out, tmp_path, c
     path = adapt("--method lora --rank 9", out)
     line = error_line(capsys, train.main, f"export --adapter {path} --to {tmp_path / 'x'} --out {out}")
     assert "rank 18 = 2r is more than" in line and "use --format merged" in line
+
+
+def test_layers_that_read_one_input_share_an_eigenproblem_and_a_basis(out):
+    """Of a block's seven layers q, k and v do, and gate and up: four problems, four bases."""
+    found, before = [], train.solve_once.cache_info().misses
+
+    def loop(model, optimizers, *_, **__):
+        found.extend(basis for basis, _ in optimizers[0].spectral.values())
+        return []
+    for method in METHODS[::2]:
+        adapt(f"--method {method} --lr 0.123", out, loop=loop)
+        assert (len(found), len({basis.data_ptr() for basis in found})) == (2 * 7, 2 * 4)
+        found.clear()
+    assert train.solve_once.cache_info().misses - before == 2 * 2 * 4
