@@ -64,6 +64,7 @@ def rank(study, stored):
             ax.plot(*zip(*((r, v) for r, kept in points for v in kept)), color=colour,
                     marker=marker, linestyle="")
         ax.set_xscale("log", base=2)
+        ax.set_xticks((8, 32, 64), ("8", "32", "64"))
         ax.set(xlabel="rank")
     return panels(study.tasks, "kept at the target, % right", draw)
 
