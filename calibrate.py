@@ -82,10 +82,10 @@ def draw_decoding(rng, rows, model):
 
 
 def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250):
-    """(`count` accepted samples as token lists without <|endoftext|>, Counter of rejections).
+    """`count` samples that pass the filters, as token lists without <|endoftext|>.
 
     Several processes sample with seeds of their own, and all accept the same texts. ValueError if
-    fewer than `count` of 4 count + batch tries are accepted.
+    fewer than `count` of 4 count + batch tries pass.
     """
     device = model.lm_head.weight.device
     rank, world = rank_and_world()
@@ -115,7 +115,8 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
             else:
                 accepted.append(tokens)
         tries += batch * world
-    return accepted[:count], rejected
+    print(f"  accepted {count} samples, rejected {sum(rejected.values())} {dict(rejected) or ''}")
+    return accepted[:count]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -193,18 +194,11 @@ def gradient_moments(model, rows, batch=32, moments_device=None):
 # ------------------------------------------------------------------------------------------------
 # The command
 
-def own_samples(args, model):
-    """`args.samples` texts that the model writes, as token lists without <|endoftext|>."""
-    eot, limits = tasks.get_encoding(model.config.encoding).eot_token, vars(args)
-    samples, rejected = sample_proxy(model, args.samples, eot, limits, args.min_new,
-                                     args.max_new or model.config.block_size, args.seed)
-    print(f"  accepted {len(samples)}, rejected {sum(rejected.values())} {dict(rejected) or ''}")
-    return samples
-
-
-def proxy(args, model, foundation, source="own", write=own_samples):
+def proxy(args, model, foundation, texts):
     """What out/proxy.pt holds, built unless it is up to date: "samples" (N, longest) int32, padded
     with -1; "C_pre" {layer: (d_in, d_in)}; "S_pre" {layer: (d_out, d_out)}."""
+    encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
+    (source, samples), *_ = texts.items() if texts else [("own", None)]
     settings = dict(foundation=foundation, source=source,
                     limits={key: getattr(args, key) for key in FILTERS},
                     **{key: getattr(args, key) for key in
@@ -213,12 +207,13 @@ def proxy(args, model, foundation, source="own", write=own_samples):
 
     def build():
         print(f"proxy: {args.samples} samples, source: {source}")
-        encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
-        samples = [tokens[:length] for tokens in write(args, model)]
-        for tokens in samples[:4]:
+        chosen = samples or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
+                                         args.min_new, args.max_new or length, args.seed)
+        chosen = [tokens[:length] for tokens in chosen]
+        for tokens in chosen[:4]:
             print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))
-        rows = [[encoding.eot_token] + tokens for tokens in samples]
-        tensors = [torch.tensor(tokens, dtype=torch.int32) for tokens in samples]
+        rows = [[encoding.eot_token] + tokens for tokens in chosen]
+        tensors = [torch.tensor(tokens, dtype=torch.int32) for tokens in chosen]
         return {"samples": pad_sequence(tensors, True, -1),
                 "C_pre": second_moments(model, [row[:length] for row in rows],
                                         moments_device=args.moments_device),
@@ -229,10 +224,10 @@ def proxy(args, model, foundation, source="own", write=own_samples):
     return load_measured(path, "proxy", "python calibrate.py", model)
 
 
-def calibrate(args, source="own", write=own_samples):
+def calibrate(args, texts=None):
     """Sample and measure, unless out/<task>/calibration.pt is up to date.
 
-    The texts for C_pre are what write(args, model) returns; `source` says whose they are.
+    texts: {source: token lists} to measure C_pre on; default: the foundation's own samples.
     """
     set_precision(args.precision)
     if not re.fullmatch(r"calibration[\w.-]*", args.name):
@@ -240,15 +235,15 @@ def calibrate(args, source="own", write=own_samples):
     queries = [item.prompt for item in load_items(args.task, "train", args.queries, args.skip_bad)]
     model, foundation = load_foundation(args.out, pick_device())
     encoding = tasks.get_encoding(model.config.encoding)
-    cached = proxy(args, model, foundation, source, write)
+    cached = proxy(args, model, foundation, texts)
 
     def build():
         print(f"calibrate: {len(queries)} queries of {args.task} for C_task")
         prompts = [[encoding.eot_token] + encoding.encode_ordinary(query) for query in queries]
         prompts = [tokens[:model.config.block_size] for tokens in prompts]
         C_task = second_moments(model, prompts, moments_device=args.moments_device)
-        layers = {name: {"C_pre": cached["C_pre"][name].cpu(), "C_task": C,
-                         "S_pre": cached["S_pre"][name].cpu()} for name, C in C_task.items()}
+        layers = {name: {"C_pre": cached["C_pre"][name], "C_task": C, "S_pre": cached["S_pre"][name]}
+                  for name, C in C_task.items()}
         print(spectrum_table(layers))
         return {"layers": layers, "samples": cached["samples"]}
 

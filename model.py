@@ -248,8 +248,7 @@ class LoRALinear(nn.Module):
     """W = W_res + κBA: a frozen weight (d_out, d_in), B (d_out, r), A (r, d_in), κ = scale.
 
     A0 and B0 are the starting values of A and B, and W_res = W0 - κB0A0: the layer starts as the
-    function it was. Protected directions U (d_out, k), V (d_in, k), orthonormal columns, are
-    projected out: (I - UUᵀ) BA (I - VVᵀ).
+    function it was.
     """
 
     def __init__(self, linear, r, scale=1.0):
@@ -265,28 +264,19 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(self.weight.new_zeros(d_out, r))
         self.register_buffer("lora_A0", self.weight.new_zeros(r, d_in))
         self.register_buffer("lora_B0", self.weight.new_zeros(d_out, r))
-        self.register_buffer("lora_U", None)
-        self.register_buffer("lora_V", None)
 
     def forward(self, x):
         A, B = self.factors()
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, A), B)
 
     def factors(self):
-        """Effective factors (A, κB), after the projection of protected directions."""
-        A, B = self.lora_A, self.scale * self.lora_B
-        if self.lora_U is not None:
-            A, B = A - (A @ self.lora_V) @ self.lora_V.T, B - self.lora_U @ (self.lora_U.T @ B)
-        return A, B
+        """Effective factors (A, κB)."""
+        return self.lora_A, self.scale * self.lora_B
 
     def delta_factors(self):
         """(P (d_out, 2r), G (2r, d_in)) with PG = ΔW = κ(BA - B0A0)."""
         A, B = self.factors()
         return torch.cat([B, -self.scale * self.lora_B0], 1), torch.cat([A, self.lora_A0])
-
-    def protect(self, U, V):
-        """Project the columns of U and V out of ΔW; for a layer that starts with B0 = 0."""
-        self.lora_U, self.lora_V = U, V
 
     @torch.no_grad()
     def init_from(self, A0, B0):

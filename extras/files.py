@@ -16,6 +16,7 @@ import torch
 import tasks
 from extras.bpe import ByteLevelBPE
 from extras.llama import Llama, LlamaConfig
+from extras.baselines import protect
 from extras.machine import barrier, rank_and_world
 from model import GPT, GPTConfig, add_lora, block_linears, merge_lora
 
@@ -227,7 +228,7 @@ def load_adapter(path, out, device, merge=True):
             for name, layer in layers.items():
                 if f"{name}.lora_U" in changed:
                     k = min(changed[f"{name}.lora_U"].shape[1], *layer.weight.shape)
-                    layer.protect(*(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
+                    protect(layer, *(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
             expected = {name: t for name, t in model.state_dict().items() if "lora_" in name}
             check_tensors(changed, expected)
             for name, layer in layers.items():

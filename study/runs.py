@@ -229,18 +229,17 @@ def describe(curve, k, result):
 def calibrate_on(name, options):
     """Another calibration: on fewer samples, or on the pretraining text itself, which in practice
     nobody has: all of it ("true") or its prose alone."""
-    def true_text(args, model):
-        mixture = tasks.PretrainingMixture(tasks.get_encoding(model.config.encoding))
-        if name == "prose":
-            mixture.ROWS = {"prose": 1}
-        rng, length = random.Random(f"proxy {args.seed}"), model.config.block_size + 1
-        return [mixture.row(rng, length)[1:] for _ in range(args.samples)]
-
     options = [*options, "--name", f"calibration-{name}"]
     if name.isdigit():
-        calibrate.main([*options, "--samples", name])
-    else:
-        calibrate.calibrate(calibrate.parser().parse_args(options), name, true_text)
+        return calibrate.main([*options, "--samples", name])
+    args = calibrate.parser().parse_args(options)
+    config = files.load_foundation(args.out, "cpu")[0].config
+    mixture = tasks.PretrainingMixture(tasks.get_encoding(config.encoding))
+    if name == "prose":
+        mixture.ROWS = {"prose": 1}
+    rng = random.Random(f"proxy {args.seed}")
+    texts = [mixture.row(rng, config.block_size + 1)[1:] for _ in range(args.samples)]
+    calibrate.calibrate(args, {name: texts})
 
 
 def prepare(args):

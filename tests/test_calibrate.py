@@ -2,6 +2,7 @@
 command that writes both."""
 import itertools
 import math
+import re
 
 import pytest
 import torch
@@ -52,11 +53,11 @@ def test_longest_run():
     assert runs == [0, 1, 3, 2]
 
 
-def test_samples_repeat_by_seed_and_pass_the_filters():
-    a, rejected = calibrate.sample_proxy(tiny_model(), 30, 0, LIMITS, 3, 10, seed=1, batch=20)
-    b, _ = calibrate.sample_proxy(tiny_model(), 30, 0, LIMITS, 3, 10, seed=1, batch=20)
-    c, _ = calibrate.sample_proxy(tiny_model(), 30, 0, LIMITS, 3, 10, seed=2, batch=20)
-    assert a == b != c and len(a) == 30 and sum(rejected.values()) > 0
+def test_samples_repeat_by_seed_and_pass_the_filters(capsys):
+    a, b, c = (calibrate.sample_proxy(tiny_model(), 30, 0, LIMITS, 3, 10, seed=seed, batch=20)
+               for seed in (1, 1, 2))
+    assert a == b != c and len(a) == 30
+    assert re.match(r"  accepted 30 samples, rejected [1-9]", capsys.readouterr().out)
     for tokens in a:
         assert calibrate.rejection(tokens, set(), LIMITS) is None and 0 not in tokens
 
@@ -219,13 +220,13 @@ def test_a_sample_may_be_as_long_as_the_context(out):
 
 
 def test_texts_from_elsewhere_have_files_of_their_own(out):
-    """What a caller's `write` returns is measured; the foundation's own calibration stays, and a
+    """What a caller gives is measured; the foundation's own calibration stays, and a
     run's settings say which one it used."""
     own, text = saved(out / "code" / "calibration.pt"), "Some text of somebody else. "
     rows = [list((text[i:] + text * 9).encode()) for i in range(20)]  # longer than the context
     args = calibrate.parser().parse_args(
         f"--task code {CALIBRATE} --name calibration-x --out {out}".split())
-    calibrate.calibrate(args, "elsewhere", lambda args, model: rows)
+    calibrate.calibrate(args, {"elsewhere": rows})
     proxy, x = saved(out / "proxy-x.pt"), saved(out / "code" / "calibration-x.pt")
     assert proxy["settings"]["source"] == x["settings"]["source"] == "elsewhere"
     assert proxy["samples"].tolist() == [row[:128] for row in rows]

@@ -18,7 +18,7 @@ from calibrate import second_moments
 from extras.baselines import (ALIASES, METHODS, KLPenalty, Rehearsal, corda_start, diagonal,
                               distill_loss, find_method, fisher, isotropic, kaiming_start,
                               kl_penalty, lora_null_start, milora_start, oplora_protected,
-                              pissa_start, replay_loss, sadam, sc_lora_start, truncated)
+                              pissa_start, protect, replay_loss, sadam, sc_lora_start, truncated)
 from folora import (SAdam, damped, forgetting_penalty, leading_start, null_space_start, solve_layer,
                     spectral_gate)
 from matrices import (EPS, adapted, blocks, close, cond, decomposed, eye, f64, invertible, kappas,
@@ -63,7 +63,7 @@ def test_merged_is_unmerged_whatever_was_learned(name, block, scale, k):
     m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
     layer = adapted(W0, *start_of(name, W0, m, r, scale), scale)
     if k is not None:
-        layer.protect(*oplora_protected(W0, k))
+        protect(layer, *oplora_protected(W0, k))
     with torch.no_grad():
         for p in layer.lora_A, layer.lora_B:
             p += randn(*p.shape)
@@ -220,7 +220,7 @@ def test_a_protected_layer_starts_as_it_was(block, scale, k):
     """OPLoRA starts from B0 = 0, of which no direction needs protection."""
     W0, _, X, r, randn = block
     layer = adapted(W0, *start_of("oplora", W0, {}, r, scale), scale)
-    layer.protect(*oplora_protected(W0, k))
+    protect(layer, *oplora_protected(W0, k))
     x = randn(7, len(X))
     assert close(layer(x), x @ W0.T + layer.bias)
     assert close(layer.to_linear(merged=True).weight, W0)
@@ -238,7 +238,7 @@ def test_oplora_keeps_the_leading_singular_triples(layer, scale, k, data):
     assert U.shape == (d_out, k) and V.shape == (d_in, k)
     A, B = randn(r, d_in), randn(d_out, r)
     adapter = adapted(W0, randn(r, d_in), torch.zeros(d_out, r).double(), scale)
-    adapter.protect(U, V)
+    protect(adapter, U, V)
     with torch.no_grad():
         adapter.lora_A.copy_(A)
         adapter.lora_B.copy_(B)

@@ -209,7 +209,7 @@ def readers(out):
             "calibration": (out / "code" / "calibration.pt",
                             lambda: load_calibration(args, model, foundation)),
             "proxy": (out / "proxy.pt", lambda: calibrate.proxy(
-                measure, model, foundation, "own", calibrate.own_samples)),
+                measure, model, foundation, None)),
             "adapter": (adapter, lambda: load_adapter(adapter, out, "cpu"))}
 
 
@@ -454,6 +454,7 @@ def judge(answer):
         item_from_row({"question": "Who?", "answer": "12"}).check(answer)
 
 
+@pytest.mark.filterwarnings("ignore::SyntaxWarning")
 @settings(max_examples=100)
 @given(answer=answers())
 def test_hostile_answers_are_judged_soon(answer):
