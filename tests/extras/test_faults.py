@@ -27,7 +27,7 @@ ROOT = pathlib.Path(train.__file__).parent
 MAINS = {"train": train.main, "calibrate": calibrate.main}
 STAGES = {  # small, but with enough steps to be killed in
     "pretrain": "train pretrain --batch 2 --layers 1 --heads 2 --width 16 --steps 20 --data TEXT",
-    "calibrate": f"calibrate --task code {CALIBRATE} --samples 60",
+    "calibrate": f"calibrate --task code {CALIBRATE} --samples 30",
     "adapt": f"train adapt --task code --method folora {ADAPT} --steps 20"}
 KINDS = {"foundation.pt": "foundation", "proxy.pt": "proxy", "calibration.pt": "calibration",
          "adapter.pt": "adapter", "foundation.partial": "partial", "adapter.partial": "partial"}
@@ -326,7 +326,7 @@ def pretrain_on(processes, folder, megabytes):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-@pytest.mark.parametrize("megabytes", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("megabytes", [32, pytest.param(1000, marks=pytest.mark.slow)])
 def test_text_larger_than_memory(processes, tmp_path, megabytes):
     size = pretrain_on(processes, tmp_path, megabytes)
     assert size >= 2 * megabytes

@@ -8,11 +8,13 @@ import random
 import numpy as np
 import pytest
 import tiktoken
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import tasks
+import train
 from extras.user_data import (TextFiles, drop_long_items, evaluation_items, file_items,
                               item_from_row, load_items, normalize_answer, open_file, read_text)
+from micro import PRETRAIN
 from model import GPTConfig
 
 ENCODING = tasks.byte_encoding()
@@ -80,6 +82,7 @@ def test_a_file_with_one_answer_that_cannot_be_checked_goes_by_likelihood(tmp_pa
     assert all(item.check is None for item in file_items(written(tmp_path / "x.jsonl", *rows)))
 
 
+@settings(max_examples=20)
 @given(count=st.integers(10, 3000))
 def test_a_files_splits_are_disjoint_and_in_its_order(count, tmp_path_factory):
     path = written(tmp_path_factory.mktemp("splits") / "x.jsonl", *pairs(count))
@@ -166,6 +169,16 @@ def test_a_row_of_text_starts_with_a_line_and_a_text_that_is_too_short_is_refuse
         assert ENCODING.decode(row[1:]).startswith(("ab\n", "cde\n", "\nf\n", "f\n"))
     with pytest.raises(ValueError, match="data has 201 tokens; a row takes 300"):
         text.row(random.Random(0), 300)
+
+
+def test_a_foundation_is_made_again_when_its_text_changes(tmp_path, capsys):
+    text = tmp_path / "x.txt"
+    text.write_text("some words\n" * 99)
+    command = ["pretrain", *PRETRAIN.split(), "--data", str(text), "--out", str(tmp_path)]
+    for more, answer in ("", "written"), ("", "is up to date"), ("more", "written"):
+        text.write_text(text.read_text() + more)
+        train.main(command)
+        assert capsys.readouterr().out.endswith(f"foundation.pt {answer}\n")
 
 
 @pytest.mark.parametrize("content", [None, b""])
