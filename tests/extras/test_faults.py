@@ -167,7 +167,7 @@ def stop_at_random(processes, stages, stage, folder, stops, seed=0):
 def test_stopped_and_started_again(processes, stages, tmp_path, stage):
     """Saved at each step, stopped at random: the files are those of an uninterrupted run, byte for
     byte, only the step at which it was stopped is repeated, and nothing is left behind."""
-    assert stop_at_random(processes, stages, stage, tmp_path, stops=3)
+    assert stop_at_random(processes, stages, stage, tmp_path, stops=2)
 
 
 @pytest.mark.slow
