@@ -256,8 +256,8 @@ def parser():
     p = Parser(description=__doc__.split("\n")[0])
     add_task(p)
     add_options(p, {
-        "samples": (2000, "texts that the foundation writes, for C_pre"),
-        "fisher_samples": (500, "how many of them serve S_pre, which takes a backward pass"),
+        "samples": (500, "texts that the foundation writes, for C_pre"),
+        "fisher_samples": (250, "how many of them serve S_pre, which takes a backward pass"),
         "queries": (256, "task prompts, for C_task"),
         "name": ("calibration", "the file is out/<task>/<name>.pt"),
         "min_new": (32, "a sample cannot end before this many tokens"),

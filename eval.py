@@ -28,6 +28,7 @@ from extras.user_data import evaluation_items, open_file, read_text, read_texts
 from model import generate
 
 METHODS = ["lora", "folora", "lora-kl-leading"]  # the main job's
+ITEMS = 100                                      # of each kind, at most
 
 
 # ------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def main_job(args):
         runs[run.method] = train.adapt(run)
     stage(f"evaluate on {args.split} items")
     foundation, _ = load_foundation(args.out, device)
-    items = evaluation_items(args.task, args.split, tasks.HELD_OUT, args.eval, args.keep,
+    items = evaluation_items(args.task, args.split, ITEMS, args.eval, args.keep,
                              args.skip_bad, foundation.config)
     folder, results = task_folder(args), {}
     for name, path in {"foundation": folder / f"foundation-{args.split}.json", **runs}.items():

@@ -189,6 +189,15 @@ def filter_top_k_top_p(logits, temperature, top_p, top_k):
     return logits
 
 
+def pick_tokens(logits, decoding=None, generator=None):
+    """Tokens (B,) of logits (B, vocab): the likeliest, or sampled where `decoding` is given."""
+    if decoding is None:
+        return logits.argmax(-1)
+    probs = filter_top_k_top_p(logits.float(), *decoding).softmax(-1)
+    # an exponential race, as in torch.multinomial, without its checks, which wait for the GPU
+    return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
+
+
 @torch.inference_mode()
 def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tokens=0,
              generator=None, tick=None):
@@ -225,14 +234,7 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
         logits = model(tokens.gather(1, pos), pos, cache, only=last).flatten(0, -2)  # (B, vocab)
         if new < min_new_tokens:
             logits[:, stop] = -math.inf
-        if decoding is None:
-            token = logits.argmax(-1)
-        else:
-            probs = filter_top_k_top_p(logits.float(), *decoding).softmax(-1)
-            # sample by an exponential race, as torch.multinomial does, without its checks,
-            # which would wait for the GPU
-            race = torch.empty_like(probs).exponential_(generator=generator)
-            token = (probs / race).argmax(-1)
+        token = pick_tokens(logits, decoding, generator)
         stopped = ~done & torch.isin(token, stop)
         finish, done = torch.where(stopped, end, finish), done | stopped
         if done.all():

@@ -5,7 +5,6 @@
     python train.py adapt --task math --method folora     # out/math/folora-.../adapter.pt
     python train.py export --adapter … --to folder        # for transformers and PEFT
 """
-import copy
 import functools
 import math
 import pathlib
@@ -17,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, KLPenalty, Rehearsal, find_method, protect
+from extras.baselines import METHODS, added_loss, find_method, protect
 from extras.chunked_loss import large_vocab_loss
 from extras.cli import command, train_parser
 from extras.export import export
@@ -38,17 +37,17 @@ PRETRAIN = {  # option: (default, help)
     "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (4, "blocks"),
     "heads": (4, "attention heads per block"), "width": (128, "channels"),
     "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
-    "muon_lr": (0.015, "Muon's peak learning rate (matrices)"),
+    "muon_lr": (0.03, "Muon's peak learning rate (matrices)"),
     "seed": (0, "of everything random")}
 ADAPT = {
     "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"),
-    "steps": (200, "optimizer steps"), "batch": (16, "items per step"),
+    "steps": (200, "optimizer steps"), "batch": (8, "items per step"),
     "examples": (2000, "training items"), "lam": (1.0, "λ of the gate γ/(γ + λ)"),
     "s_min": (0.3, "the smallest gate"),
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
     "mu": (5.0, "μ of the KL penalty, for methods that have one"),
     "rehearsal": (1.0, "weight of the loss on base-model samples, for methods that have one"),
-    "basis_dtype": ("float32", "of SAdam's bases: float32, or bfloat16 for half the memory"),
+    "basis_dtype": ("float32", "of SAdam's bases; bfloat16 takes half the memory"),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
     "seed": (0, "of everything random")}
 
@@ -231,8 +230,6 @@ def adapt(args, methods=METHODS, loop=training_loop):
     # 1. Load the task, the foundation, and what was measured on both texts.
     device, (args.method, method) = pick_device(), find_method(args.method, methods)
     args.lr = method.lr if args.lr is None else args.lr
-    if args.basis_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"basis_dtype is {args.basis_dtype!r}; it must be float32 or bfloat16")
     items = load_items(args.task, "train", args.examples, args.skip_bad)
     model, foundation = load_foundation(args.out, device)
     calibration = load_calibration(args, model, foundation) if method.needs_calibration else None
@@ -246,58 +243,43 @@ def adapt(args, methods=METHODS, loop=training_loop):
     def build():
         print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate "
               f"{args.lr:g}, {args.steps} steps on {describe_machine(device)}")
-        # 2. For each layer: solve for its directions, choose its start and its basis.
+        # 2. For each layer: solve for its directions; choose a start, and the basis of its steps.
         maybe_compile(model, args.compile)
-        spectral, penalty = apply_method(model, method, args, calibration)
+        if method.start:
+            layers = add_lora(model, args.rank, args.scale)
+        else:  # full weights; with SAdam the blocks' matrices alone, since they have a basis
+            layers = block_linears(model.requires_grad_(method.steps is None))
+        spectral, generator = {}, torch.Generator().manual_seed(args.seed)
+        progress = Progress("solving layers", len(layers))
+        for number, (name, layer) in enumerate(layers.items()):
+            moments = calibration and calibration["layers"][name]
+            spectral |= start_layer(name, layer, method, moments, args, generator)
+            progress(number)
         # 3. Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
         optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
                           basis_dtype=getattr(torch, args.basis_dtype))
-        del spectral  # bases in float64
-        # 4. Train, 5. save what was trained.
+        spectral.clear()  # 4. Train; 5. save what was trained.
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
-                      penalty=penalty, parts=args.accumulate)
+                      penalty=added_loss(method, model, layers, calibration, args),
+                      parts=args.accumulate)
         return {"changed": adapter_state_dict(model), "losses": losses}
 
     build_if_stale(path, "adapter", settings, build)
     return path
 
 
-def apply_method(model, method, args, calibration):
-    """Prepare the model in place; returns ({parameter: (basis, gate)} for SAdam, penalty(step))."""
-    base = copy.deepcopy(model).requires_grad_(False) if method.rehearsal else None
-    layers = add_lora(model, args.rank, args.scale) if method.start else block_linears(model)
-    if not method.start:  # with SAdam the blocks' matrices alone: only they have a basis
-        model.requires_grad_(method.steps is None)
-    spectral, penalised = {}, []
-    generator = torch.Generator().manual_seed(args.seed)
-    progress = Progress("solving layers", len(layers))
-    on_device = functools.lru_cache(maxsize=3)(lambda C: C.to(next(model.parameters()).device))
-    for number, (name, layer) in enumerate(layers.items()):
-        progress(number)
-        moments = calibration and {key: on_device(C)
-                                   for key, C in calibration["layers"][name].items()}
-        spectral |= start_layer(name, layer, method, moments, args, generator)
-        if method.penalty:
-            S, C = (moments[key].to(layer.weight) for key in ("S_pre", "C_pre"))
-            penalised.append((layer, *method.penalty(S, C)))
-    penalty = KLPenalty(args.mu, penalised)
-    if not method.rehearsal:
-        return spectral, penalty
-    samples = [[t for t in row if t >= 0] for row in calibration["samples"].tolist()]
-    rehearsal = Rehearsal(method.rehearsal, args.rehearsal, samples, max(1, args.batch // 4), model,
-                          base, args.seed)
-    return spectral, lambda step: penalty(step) + rehearsal(step)
-
-
-# layers that read the same input share their moments: one eigenproblem, one basis
-solve_once = functools.lru_cache(maxsize=1)(solve_layer)
+@functools.lru_cache(maxsize=1)
+def solve_once(C_pre, C_task, tau, device):
+    """`solve_layer`; layers that read the same input share its moments, and so one basis."""
+    return solve_layer(C_pre.to(device), C_task.to(device), tau)
 
 
 def start_layer(name, layer, method, moments, args, generator):
     """Solve one layer's eigenproblem, set its start, and return {parameter: (basis, gate)} for the
     parameter whose steps are taken in that basis; {} where a method steps with plain Adam."""
-    W0 = layer.weight
-    m = solve_once(moments["C_pre"], moments["C_task"], args.tau) if method.needs_moments else {}
+    W0, m = layer.weight, {}
+    if method.needs_moments:
+        m = solve_once(moments["C_pre"], moments["C_task"], args.tau, W0.device)
     if method.start:
         A0, B0 = method.start(W0, r=args.rank, scale=args.scale, generator=generator, **m)
         layer.init_from(A0, B0)

@@ -1,5 +1,6 @@
 """All methods in one table: how each differs from LoRA in where it starts, how it steps, what it adds to
 the loss. Singular value decompositions are in float64."""
+import copy
 import math
 import random
 from dataclasses import dataclass
@@ -193,6 +194,22 @@ class Rehearsal:
         device = self.base.lm_head.weight.device
         with autocast(device):
             return self.weight * self.loss(self.model, self.base, x.to(device), y.to(device))
+
+
+def added_loss(method, model, layers, calibration, args):
+    """step -> what the method adds to the task's loss. The model, as it starts, is still the base
+    model; layers is {name: LoRALinear}."""
+    penalised = []
+    for name, layer in layers.items() if method.penalty else ():
+        S, C = (calibration["layers"][name][key].to(layer.weight) for key in ("S_pre", "C_pre"))
+        penalised.append((layer, *method.penalty(S, C)))
+    penalty = KLPenalty(args.mu, penalised)
+    if not method.rehearsal:
+        return penalty
+    samples = [[t for t in row if t >= 0] for row in calibration["samples"].tolist()]
+    rehearsal = Rehearsal(method.rehearsal, args.rehearsal, samples, max(1, args.batch // 4), model,
+                          copy.deepcopy(model).requires_grad_(False), args.seed)
+    return lambda step: penalty(step) + rehearsal(step)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -69,7 +69,8 @@ def add_options(p, options, positives=()):
     kinds = {int: nonneg_int, float: nonneg_float, str: str}
     for key, (default, text) in options.items():
         kind = positive_int if key in positives else kinds[type(default)]
-        p.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=text)
+        p.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=text,
+                       choices=("float32", "bfloat16") if key.endswith("dtype") else None)
 
 
 def add_task(p):

@@ -34,7 +34,7 @@ from study.variants import METHODS, TRICKS
 
 ITEMS, TEXT_TOKENS = 100, 8192  # items of each kind; of each held-out text
 REACH = 6                       # a curve ends this many steps from its first rate
-# {name: texts for C_pre instead of 2,000 of the foundation's own}, see `calibrate_on`
+# {name: texts for C_pre instead of the foundation's own samples}, see `calibrate_on`
 CALIBRATIONS = ("true", "prose", "16")
 
 

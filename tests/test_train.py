@@ -410,7 +410,7 @@ def test_compiled_blocks_take_the_same_steps(out, monkeypatch, stage):
     ("adapt --method lora --rank 17", "rank is 17; a layer of"),
     ("adapt --method folora --rank 0", "rank is 0; a layer of"),
     ("adapt --method folora --lam 0", "lam is 0.0; λ must be a positive number"),
-    ("adapt --method folora --basis-dtype int8", "basis_dtype is 'int8'; it must be float32 or bf"),
+    ("adapt --method folora --basis-dtype int8", "argument --basis-dtype: invalid choice: 'int8'"),
     ("adapt --method lora --lam -2", "argument --lam: '-2' is not a number of 0 or more"),
     ("adapt --method folora --s-min 1.5", "s_min is 1.5; the smallest gate must lie in [0, 1]"),
     ("adapt --method folora --s-min nan", "argument --s-min: 'nan' is not a number of 0 or more"),
