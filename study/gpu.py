@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import re
-import shlex
 import signal
 import subprocess
 import sys
@@ -53,10 +52,6 @@ class Runner:
             raise ValueError(f"exit status {process.returncode}: {output[-2000:]}")
         return output
 
-    def options(self, stage):
-        """A stage's options: none, or micro sizes in a rehearsal."""
-        return shlex.split(MICRO[f"--{stage}"]) if self.rehearse else []
-
 
 def stop(process):
     """End a process and its workers. torchrun's are in groups of their own, which it ends itself
@@ -95,23 +90,19 @@ def speed_row(row):
 
 
 def quick_comparison(run):
-    out, micro = run.out / "comparison", []
-    if run.rehearse:
-        micro = ["--tasks", "code", "--arms", "lora r8", "--workers", "2",
-                 *(part for pair in MICRO.items() for part in pair)]
-    run("-m", "study", "compare", "--quick", "--out", out, *micro)
-    return json.loads((out / "results.json").read_text())
+    micro = ["--tasks", "code", "--arms", "lora r8", "--workers", "2",
+             *(part for pair in MICRO.items() for part in pair)] if run.rehearse else []
+    run("-m", "study", "compare", "--quick", "--out", run.out / "comparison", *micro)
+    return json.loads((run.out / "comparison" / "results.json").read_text())
 
 
 def adapting(run, *launcher, options=()):
     """What `timed_adapt` finds in 200 steps of FoLoRA in a process of its own."""
-    for stage, made, script in (("pretrain", "foundation.pt", ["train.py", "pretrain"]),
-                                ("calibrate", "code/calibration.pt", ["calibrate.py"])):
-        if not (run.job / made).exists():  # the main job makes both
-            run(*script, "--out", run.job, *run.options(stage))
-    path = run.out / "timed.json"
+    if not (run.job / "code/calibration.pt").exists():
+        speed_row("main-job")(run)
+    path, micro = run.out / "timed.json", MICRO["--adapt"].split() if run.rehearse else []
     run(*launcher, "-m", "study.gpu", path, "adapt", "--task", "code", "--method", "folora",
-        "--seed", "11", "--out", run.job, *run.options("adapt"), *options)
+        "--seed", "11", "--out", run.job, *micro, *options)
     return json.loads(path.read_text())
 
 
@@ -134,23 +125,21 @@ def timed_adapt(path, *arguments):
     train.adapt(args, loop=loop)
 
 
-def beside(name, run, plain):
-    """A run beside the plain one: their times, and how far their losses (nats) are apart."""
-    return {**{f"{kind}, {key}": found[key] for kind, found in (("plain", plain), (name, run))
-               for key in ("s per step", "s at first")},
-            "largest difference of losses":
-                max(abs(a - b) for a, b in zip(run["losses"], plain["losses"], strict=True))}
+def beside_plain(run, *launcher, **options):
+    """Two runs, one so launched or with these options, and how far their losses (nats) are apart."""
+    found, plain = adapting(run, *launcher, **options), adapting(run)
+    pairs = zip(found.pop("losses"), plain.pop("losses"), strict=True)
+    return {**found, "plain": plain, "losses differ by": max(abs(a - b) for a, b in pairs)}
 
 
 def torchrun(run):
     """One process under torchrun: NCCL on a GPU, Gloo on a CPU."""
-    return beside("torchrun", adapting(run, "-m", "torch.distributed.run", "--standalone",
-                                       "--local-addr=127.0.0.1", "--nproc_per_node=1"),
-                  adapting(run))
+    return beside_plain(run, "-m", "torch.distributed.run", "--standalone",
+                        "--local-addr=127.0.0.1", "--nproc_per_node=1")
 
 
 def compiled(run):
-    return beside("--compile", adapting(run, options=["--compile"]), adapting(run))
+    return beside_plain(run, options=["--compile"])
 
 
 STEPS = {  # name: (seconds it usually takes at most, function)
@@ -161,11 +150,8 @@ STEPS = {  # name: (seconds it usually takes at most, function)
     "comparison": (420, quick_comparison),
     "torchrun": (90, torchrun),
     "compile": (180, compiled),
-    **{f"speed {row}": (seconds, speed_row(row)) for row, seconds in {  # without targets on a GPU
-        "sadam-tiny": 60, "pretrain": 60, "growth": 240}.items()}}
+    "speed growth": (240, speed_row("growth"))}
 
-
-# ------------------------------------------------------------------------------------------------
 
 def attempt(name, out, rehearse, left):
     """Do a step within `left` seconds and twice its usual time; returns what gpu.json says of it."""
@@ -174,8 +160,9 @@ def attempt(name, out, rehearse, left):
         return {"skipped": f"may take {usual} s, {left:.0f} s were left"}
     print(f"{name} ... ({left:.0f} s left)", flush=True)
     began = time.time()
+    deadline = began + (left if rehearse else min(left, 2 * usual))
     try:
-        found = {"result": step(Runner(out, rehearse, began + min(left, 2 * usual)))}
+        found = {"result": step(Runner(out, rehearse, deadline))}
     except Exception as error:  # recorded; the next step goes on
         found = {"failed": f"{type(error).__name__}: {error}"}
     return {"seconds": round(time.time() - began, 1), **found}

@@ -8,7 +8,7 @@ import calibrate
 from extras.machine import pick_device
 from folora import generalized_eigh
 from model import GPT, GPTConfig, generate
-from study.measure import (eigenproblem, interleaved, memory_and_params, random_batch, sadam,
+from study.measure import (eigenproblem, interleaved, random_batch, sadam, training_bytes,
                            training_steps, with_adapters)
 
 # {quantity: {size: exponent of the leading term in theory}}
@@ -27,8 +27,10 @@ def quantities(rounds, width, depth, rank, samples):
     (model, spectral), batch = with_adapters(config, rank), random_batch(config, 16)
     optimizer = sadam(model, spectral)
     step = training_steps(model, [optimizer], lambda step: batch, 1)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
     step()
-    held = memory_and_params(model, optimizer)["bytes"]
+    held = training_bytes(model, optimizer)
     plain, problem = GPT(config).to(pick_device()).eval(), eigenproblem(4 * width)
     rows = torch.randint(257, (samples, 64)).tolist()
     found = interleaved(rounds, **{

@@ -47,20 +47,17 @@ def training_steps(model, optimizers, batch, steps):
     return run
 
 
-def memory_and_params(model, optimizer, penalty_moments=()):
-    """{"trained": number of trained parameters, "bytes": what training holds}.
-
-    On a GPU, bytes is the peak since its statistics were reset. On a CPU it is counted: weights,
-    gradients, Adam's moments, bases and gates, a penalty's moments; no activations.
-    """
+def training_bytes(model, optimizer):
+    """Bytes that training holds. On a GPU the peak since its statistics were reset; on a CPU a count
+    of weights, gradients, Adam's moments, bases and gates, without activations."""
+    if next(model.parameters()).is_cuda:
+        return torch.cuda.max_memory_allocated()
     trained = [p for p in model.parameters() if p.requires_grad]
     states = (t for state in optimizer.state.values() for t in state.values())
-    held = [*model.parameters(), *model.buffers(), *trained, *penalty_moments,
+    held = [*model.parameters(), *model.buffers(), *trained,
             *(t for pair in optimizer.spectral.values() for t in pair),
             *(t for t in states if torch.is_tensor(t))]
-    on_gpu = next(model.parameters()).is_cuda
-    return {"trained": sum(p.numel() for p in trained),
-            "bytes": torch.cuda.max_memory_allocated() if on_gpu else sum(t.nbytes for t in held)}
+    return sum(t.nbytes for t in held)
 
 
 # ------------------------------------------------------------------------------------------------
