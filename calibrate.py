@@ -20,14 +20,13 @@ import random
 import re
 
 import torch
-from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from extras.cli import Parser, add_common, add_options, add_task, command
 from extras.files import build_if_stale, load_foundation, load_measured, task_folder
-from extras.machine import (Progress, all_gather, all_reduce_sum, pick_device, rank_and_world,
-                            set_precision, shard)
+from extras.machine import Progress, all_gather, pick_device, rank_and_world, set_precision
+from extras.moments import batches_of, gradient_moments, means_of
 from extras.tables import spectrum_table
 from extras.user_data import load_items
 from folora import SecondMoment
@@ -122,32 +121,6 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
 # ------------------------------------------------------------------------------------------------
 # Measure
 
-def batches_of(model, rows, batch):
-    """Inputs x and targets y, each (B, T), of token rows; y is -100 on padding. Rows of similar
-    length share a batch, and each process takes its part of the rows."""
-    if sum(map(len, rows)) < 4 * model.config.n_embd:
-        print("  warning: these texts have fewer tokens than the widest layer has inputs, so its "
-              "moment is singular; τ carries the missing directions")
-    rows = shard(sorted(rows, key=len))
-    progress = Progress("measuring", len(rows))
-    for first in range(0, len(rows), batch):
-        x, y = tasks.response_batch([(row, 1) for row in rows[first:first + batch]])
-        yield x.to(model.lm_head.weight.device), y.to(model.lm_head.weight.device)
-        progress(min(len(rows), first + batch))
-
-
-def means_of(moments):
-    """{layer: mean} of {layer: SecondMoment}; ValueError names a layer whose mean is not finite."""
-    means = {}
-    for name, moment in moments.items():
-        all_reduce_sum([moment.total, moment.tokens])
-        try:
-            means[name] = moment.mean()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}")
-    return means
-
-
 @torch.no_grad()
 def second_moments(model, rows, batch=64, moments_device=None):
     """{layer: C = E[x xᵀ] (d_in, d_in) float64} of every linear layer's input x, over all tokens of
@@ -166,29 +139,6 @@ def second_moments(model, rows, batch=64, moments_device=None):
             model.features(x)
     means = {name: C.cpu() for name, C in means_of(moments).items()}
     return {name: means[twin] for name, twin in measured.items()}
-
-
-def gradient_moments(model, rows, batch=32, moments_device=None):
-    """{layer: S = E[δ δᵀ] (d_out, d_out) float64} over all tokens of `rows` that have a next token,
-    δ the gradient of the rows' summed loss (nats) at the layer's output; see `kl_penalty`."""
-    layers, c = block_linears(model), model.config
-    moments = {name: SecondMoment(layer.out_features, moments_device or model.lm_head.weight.device)
-               for name, layer in layers.items()}
-    batch = max(1, min(batch, 2 ** 26 // (c.block_size * c.vocab_size)))  # bounds logits' memory
-    model.requires_grad_(False)
-    for x, y in batches_of(model, rows, batch):
-        mask = y != -100
-
-        def measure(name, output):
-            output.register_hook(lambda gradient: moments[name].add(gradient, mask))
-
-        # the first block's input is the leaf from which autograd records all layers
-        first_block = {"": model.get_submodule(f"{model.block_prefix}0")}
-        with (forward_hooks(first_block, lambda name, x: x.requires_grad_()),
-              forward_hooks(layers, measure, outputs=True)):
-            h = model.features(x)
-            F.cross_entropy(model.lm_head(h)[mask], y[mask], reduction="sum").backward()
-    return means_of(moments)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -191,6 +191,30 @@ def build_if_stale(path, kind, settings, build):
     barrier()
 
 
+def save_resume_state(partial, settings, losses, trained, optimizers):
+    """Save what `load_resume_state` continues from: one loss per finished step, and all tensors."""
+    save(partial, {"kind": "partial", "settings": settings, "losses": losses,
+                   "parameters": {name: p.detach() for name, p in trained.items()},
+                   "optimizers": [optimizer.state_dict() for optimizer in optimizers]})
+
+
+def load_resume_state(partial, settings, trained, optimizers):
+    """The losses of an interrupted run of the same settings, whose state is restored; else []."""
+    if not partial or not partial.exists():
+        return []
+    state = load(partial, "partial", "the same command again")
+    with friendly_errors(partial, "delete it; the same command then starts anew"), torch.no_grad():
+        if state["settings"] != settings:
+            return []
+        check_tensors(state["parameters"], trained)
+        for name, p in trained.items():
+            p.copy_(state["parameters"][name])
+    for optimizer, saved in zip(optimizers, state["optimizers"]):
+        optimizer.load_state_dict(saved)
+    print(f"  continuing after step {len(state['losses'])} of an interrupted run")
+    return state["losses"]
+
+
 def load_foundation(out, device):
     """(GPT or Llama, fingerprint of its weights). A tokenizer that came with the weights becomes
     one of tasks.ENCODINGS."""

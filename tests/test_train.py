@@ -90,20 +90,20 @@ def test_an_interrupted_run_continues_exactly(out, monkeypatch, capsys, stage):
     file = train.main(arguments) or out / "foundation.pt"
     whole = torch.load(file, weights_only=True)
     file.unlink()
-    steps, rate, save = [], train.learning_rate, train.save
+    steps, rate, save = [], train.learning_rate, train.save_resume_state
 
     def counted(step, *more):
         steps.append(step)
         return rate(step, *more)
 
-    def save_and_stop(path, content):
-        save(path, content)
+    def save_and_stop(*state):
+        save(*state)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "SAVE_EVERY", -1)
     monkeypatch.setattr(train, "learning_rate", counted)
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save", save_and_stop)
+        patch.setattr(train, "save_resume_state", save_and_stop)
         for done in 1, 2:
             with pytest.raises(KeyboardInterrupt):
                 train.main(arguments)
@@ -118,12 +118,13 @@ def test_an_interrupted_run_continues_exactly(out, monkeypatch, capsys, stage):
 
 
 def test_other_settings_do_not_continue_an_interrupted_run(out, monkeypatch):
-    def save_and_stop(path, content):
-        save(path, content)
+    def save_and_stop(*state):
+        save(*state)
         raise KeyboardInterrupt
-    save, arguments = train.save, ["pretrain", *PRETRAIN.split(), "--out", str(out), "--seed"]
+    save, arguments = train.save_resume_state, ["pretrain", *PRETRAIN.split(), "--out", str(out),
+                                               "--seed"]
     monkeypatch.setattr(train, "SAVE_EVERY", -1)
-    monkeypatch.setattr(train, "save", save_and_stop)
+    monkeypatch.setattr(train, "save_resume_state", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         train.main([*arguments, "1"])
     monkeypatch.setattr(train, "SAVE_EVERY", 30)
