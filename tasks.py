@@ -356,7 +356,8 @@ def held_out_rows(text, split, encoding, length, most=256):
 # Items as tokens
 
 def response_row(item, encoding):
-    """(tokens, prompt length). An answer ends with a newline; a multi-line one with <|endoftext|>."""
+    """(tokens, prompt length). An answer ends with a newline, one of several lines with
+    <|endoftext|>."""
     prompt = [encoding.eot_token] + encoding.encode_ordinary(item.prompt)
     end = [encoding.eot_token] if "\n" in item.answer else encoding.encode_ordinary("\n")
     return prompt + encoding.encode_ordinary(item.answer) + end, len(prompt)

@@ -34,6 +34,6 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def large_vocab_loss(h, W, targets):
-    """Mean cross-entropy of targets (n,), given features h (n, C) and output weights W (vocab, C)."""
+    """Mean cross-entropy of targets (n,) from features h (n, C) and output weights W (vocab, C)."""
     rows = 128 if h.device.type == "cpu" else 2048  # what fits a cache; what keeps a GPU busy
     return ChunkedCrossEntropy.apply(h, W if torch.is_grad_enabled() else W.detach(), targets, rows)

@@ -89,7 +89,7 @@ def add_common(p):
 
 
 def train_parser(description, runs, pretrain_options, adapt_options, methods):
-    """The parser of train.py: a subcommand for each of `runs`, {name: function of the arguments}."""
+    """The parser of train.py: a subcommand for each of `runs`, {name: function of arguments}."""
     top = Parser(description=description)
     commands = top.add_subparsers(required=True, metavar=" | ".join(runs))
     p = commands.add_parser("pretrain", help="train the small foundation")

@@ -44,8 +44,8 @@ def merged_files(model):
 
 
 def peft_files(model, base, path):
-    """(adapter_config.json, weights, file name) of a PEFT LoRA on W0. W_res is not W0, but the change
-    still has rank 2r: ΔW = κ(BA - B0A0) = [κB, -κB0] [A; A0]."""
+    """(adapter_config.json, weights, file name) of a PEFT LoRA on W0. W_res is not W0, but the
+    change still has rank 2r: ΔW = κ(BA - B0A0) = [κB, -κB0] [A; A0]."""
     weights, layers = {}, block_linears(model, LoRALinear)
     if not layers:
         raise ValueError(f"{path} holds full weights, which no LoRA can hold; use --format merged")

@@ -4,7 +4,8 @@ import pathlib
 
 import torch
 
-from extras.files import check_finite, check_tensors, friendly_errors, load_tensors, read_safetensors
+from extras.files import (check_finite, check_tensors, friendly_errors, load_tensors,
+                          read_safetensors)
 from model import GPT, GPTConfig, block_linears
 
 GPT2 = {name: f"https://huggingface.co/openai-community/{name}/resolve/main/pytorch_model.bin"
@@ -25,10 +26,11 @@ def from_gpt2(weights, n_head=None):
     weights = {name.removeprefix("transformer."): t for name, t in weights.items()
                if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks, not weights
     output = weights.pop("lm_head.weight", None)
-    shapes = [tuple(weights[name].shape) for name in ("wte.weight", "wpe.weight") if name in weights]
+    embeddings = [name for name in ("wte.weight", "wpe.weight") if name in weights]
+    shapes = [tuple(weights[name].shape) for name in embeddings]
     if [len(shape) for shape in shapes] != [2, 2]:
-        raise ValueError("wte.weight and wpe.weight are missing or no matrices: these are not GPT-2's "
-                         "weights")
+        raise ValueError("wte.weight and wpe.weight are missing or no matrices: these are not "
+                         "GPT-2's weights")
     (vocab, C), (T, _) = shapes
     n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
     heads = max(1, C // 64) if n_head is None else n_head
@@ -39,7 +41,8 @@ def from_gpt2(weights, n_head=None):
     model = GPT(config)
     for name, own in gpt2_layout(model).items():
         own.copy_(weights[name])
-    if output is not None and not torch.equal(output.to(model.lm_head.weight), model.lm_head.weight):
+    tied = model.lm_head.weight
+    if output is not None and not torch.equal(output.to(tied), tied):
         raise ValueError("lm_head.weight is not wte.weight; GPT-2 ties them")
     return model
 

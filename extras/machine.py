@@ -134,7 +134,8 @@ def all_gather(rows):
 
 class Progress:
     """How far a stage is and how long it still takes on this machine. Rewrites one line on a
-    terminal; elsewhere a plain line when the first steps are timed, then one every `every` seconds."""
+    terminal; elsewhere a plain line when the first steps are timed, then one every `every`
+    seconds."""
 
     def __init__(self, title, total, first=5, every=10):
         self.title, self.total, self.every = title, total, every

@@ -12,21 +12,23 @@ def markdown(head, rows):
 
 
 def spectrum_table(layers):
-    """One row per layer of {name: {C_pre, C_task, ...}}: how many directions the base model uses, and
-    γ and the gate at the default τ, λ and s_min."""
+    """One row per layer of {name: {C_pre, C_task, ...}}: how many directions the base model uses,
+    and γ and the gate at the default τ, λ and s_min."""
     rows = []
     for name, moments in layers.items():
         m = solve_layer(*(moments[C].to(pick_device()) for C in ("C_pre", "C_task")))
         gate, eigvals, C = spectral_gate(m["eigvals"]), m["eigvals"], m["C_pre"]
         used = C.trace() ** 2 / (C * C).sum()  # participation ratio: d_in if all are used equally
-        rows.append([name, f"{len(C)}", f"{used:.1f}", f"{eigvals[0]:.2f}", f"{eigvals.median():.3f}",
-                     f"{eigvals[-1]:.1e}", f"{gate.mean():.3f}",
+        rows.append([name, f"{len(C)}", f"{used:.1f}", f"{eigvals[0]:.2f}",
+                     f"{eigvals.median():.3f}", f"{eigvals[-1]:.1e}", f"{gate.mean():.3f}",
                      f"{(gate <= 0.3).double().mean():.0%}"])
-    return markdown(["layer", "d_in", "used", "γ max", "median", "min", "mean gate", "gate 0.3"], rows)
+    return markdown(["layer", "d_in", "used", "γ max", "median", "min", "mean gate", "gate 0.3"],
+                    rows)
 
 
 def method_table(methods):
-    """One row per method: what it trains, where it starts, how it steps, what it adds, whose it is."""
+    """One row per method: what it trains, where it starts, how it steps, what it adds, whose it
+    is."""
     def words(part):
         return part.__name__.removesuffix("_start").replace("_", " ") if part else ""
 

@@ -33,15 +33,15 @@ def read_text(path):
 # Tasks from JSONL files
 
 def load_items(task, split, count, skip_bad=False):
-    """`count` items of a split of a task made in tasks.py, or of a JSONL file as many as it has: its
-    last fifth, at most 2 HELD_OUT items, is held out."""
+    """`count` items of a split of a task made in tasks.py, or of a JSONL file as many as it has:
+    its last fifth, at most 2 HELD_OUT items, is held out."""
     if not task.endswith(".jsonl"):
         return tasks.task_items(task, split, count)
     items = file_items(task, skip_bad)
     half = min(HELD_OUT, len(items) // 10)
     if not half:
-        raise ValueError(f"{task} has {len(items)} items; at least 10 are needed, to learn from some "
-                         "and test on others")
+        raise ValueError(f"{task} has {len(items)} items; at least 10 are needed, to learn from "
+                         "some and test on others")
     splits = {"train": items[:-2 * half], "valid": items[-2 * half:-half], "test": items[-half:]}
     return splits[split][:count]
 
@@ -53,12 +53,13 @@ def normalize_answer(answer):
 
 
 def item_from_row(row):
-    """The Item of a JSONL row; ValueError says what is wrong with it. A question is checked by exact
-    match with any of its answers, an answer that ends in #### and a number by that number; all
-    others are scored by likelihood."""
+    """The Item of a JSONL row; ValueError says what is wrong with it. A question is checked by
+    exact match with any of its answers, an answer that ends in #### and a number by that number;
+    all others are scored by likelihood."""
     found = [key for key in FIELDS if isinstance(row, dict) and {key, FIELDS[key]} <= row.keys()]
     if not found:
-        raise ValueError(f"a row needs {', or '.join(' and '.join(pair) for pair in FIELDS.items())}")
+        pairs = [" and ".join(pair) for pair in FIELDS.items()]
+        raise ValueError(f"a row needs {', or '.join(pairs)}")
     key = found[0]
     prompt, answers, given = row[key], row[FIELDS[key]], str(row.get("input") or "")
     answers = answers if isinstance(answers, list) else [answers]
@@ -130,7 +131,8 @@ def evaluation_items(task, split, count=HELD_OUT, target=None, files=(), skip_ba
                          "other than target")
     keep = ({pathlib.Path(file).stem: file_items(file, skip_bad)[:count]
              for file in files if file.endswith(".jsonl")} if files else
-            {kind: tasks.kept_items(kind, split, count) for kind in tasks.KEPT.get(task, tasks.KINDS)})
+            {kind: tasks.kept_items(kind, split, count)
+             for kind in tasks.KEPT.get(task, tasks.KINDS)})
     items = {"target": chosen[:count], **keep}
     if config:
         encoding = tasks.get_encoding(config.encoding)
