@@ -14,7 +14,7 @@ from extras.llama_weights import read_llama
 from extras.user_data import evaluation_items
 from micro import ADAPT, CALIBRATE, FOLDER, adapt, error_line
 from model import LoRALinear, block_linears
-from test_llama import tiny, tokenizer_json, write_folder
+from tiny_llama import tiny, tokenizer_json, write_folder
 
 METHODS = "folora", "lora", "sadam-full"
 

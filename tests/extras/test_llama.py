@@ -2,7 +2,6 @@
 import importlib.util
 import json
 import re
-import struct
 import sys
 import types
 
@@ -18,25 +17,15 @@ from extras.bpe import ByteLevelBPE
 from extras.llama import Llama, LlamaConfig
 from extras.llama_weights import config_json, folder_config, pairs_to_halves, read_llama
 from model import LoRALinear, add_lora, block_linears, generate, merge_lora
+from tiny_llama import (CONTEXT, VOCAB, tiny, tokenizer_json, vocabulary, write_folder,
+                        write_safetensors)
 
 SHAPES = {"grouped, tied": (6, 2, True), "one head each, untied": (4, 4, False)}
-VOCAB, CONTEXT = 300, 48
 
 
 @pytest.fixture(params=SHAPES)
 def model(request):
     return tiny(*SHAPES[request.param])
-
-
-def tiny(n_head=6, n_kv_head=2, tied=True, vocab=VOCAB, context=CONTEXT, std=0.3):
-    """A random Llama of two blocks and heads of 8 channels. Weights are large, so that every part
-    shows in the logits."""
-    torch.manual_seed(0)
-    config = LlamaConfig(context, vocab, 2, n_head, n_kv_head, 8 * n_head, 40, 500., 1e-5, tied)
-    model = Llama(config)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=std)
-    return model.eval()
 
 
 def tokens(rows=2, length=20):
@@ -170,25 +159,6 @@ def test_a_shape_that_cannot_be_is_named(change, message):
 # ------------------------------------------------------------------------------------------------
 # The tokenizer
 
-def vocabulary():
-    """(vocab, merges, special): <|endoftext|>, all bytes but \\x00 and \\xff, and ten merges."""
-    spelled = sorted(bpe.byte_alphabet().items(), key=lambda pair: pair[1])[1:-1]
-    merges = [pair.split(" ") for pair in ("Ġ t", "h e", "Ġt he", "i n", "Ġ Ġ", "1 2", "! !", "ð Ł",
-                                           "ĠĠ ĠĠ", "in g")]
-    parts = ["<|endoftext|>", *(c for c, _ in spelled), *("".join(pair) for pair in merges)]
-    return {part: i for i, part in enumerate(parts)}, merges, {"<|endoftext|>": 0}
-
-
-def tokenizer_json(**changes):
-    """The content of a tokenizer.json, as the tokenizers library writes it."""
-    vocab, merges, special = vocabulary()
-    return dict(normalizer=None, added_tokens=[{"content": t, "id": i} for t, i in special.items()],
-                pre_tokenizer={"type": "Sequence", "pretokenizers": [
-                    {"type": "Digits", "individual_digits": True},
-                    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}]},
-                model=dict(type="BPE", vocab=vocab, merges=merges, byte_fallback=False)) | changes
-
-
 TEXT = st.text(st.sampled_from("  \t\n\r 019²½Ⅷ٣aéß漢😀'’!?_-\u3000\x1c\x85")
                | st.characters(codec="utf8"))
 
@@ -270,32 +240,6 @@ def test_the_end_of_a_text_under_another_name():
 
 # ------------------------------------------------------------------------------------------------
 # Hugging Face's folders
-
-def write_safetensors(path, weights):
-    header, body = {}, b""
-    for name, t in weights.items():
-        raw = t.contiguous().view(torch.uint8).numpy().tobytes()
-        kind = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[t.dtype]
-        header[name] = dict(dtype=kind, shape=list(t.shape), data_offsets=[len(body),
-                                                                           len(body) + len(raw)])
-        body += raw
-    text = json.dumps(header).encode()
-    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
-
-
-def write_folder(folder, model, shards=1, **changes):
-    """The model in Hugging Face's layout; with several shards, also their index."""
-    weights = {name: p.detach() for name, p in model.named_parameters()}
-    (folder / "config.json").write_text(json.dumps(config_json(model.config, 0) | changes))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
-    if shards == 1:
-        return write_safetensors(folder / "model.safetensors", weights)
-    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(weights)}
-    for file in set(files.values()):
-        write_safetensors(folder / file, {name: weights[name] for name in weights
-                                          if files[name] == file})
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-
 
 @pytest.mark.parametrize("shards", [1, 3])
 @torch.no_grad()

@@ -1,0 +1,215 @@
+"""A published model on real tasks: SmolLM2-135M-Instruct, fine-tuned by several methods.
+
+    python -m study pretrained --texts FOLDER --out pretrained      # stop and repeat it as you like
+
+It learns GSM8K with its working, MBPP, or instructions. What it knew is measured before and after:
+trivia and web questions that it answered right, text, and the tasks that it does not learn.
+Forgetting grows with the learning rate, so a method runs at three of them and is read off where its
+loss on unseen items of the task is the same as the others'. The most telling runs come first; after
+each the tables in OUT/pretrained.md are written anew.
+"""
+import gzip
+import json
+import pathlib
+import random
+import re
+from dataclasses import replace
+from typing import NamedTuple
+
+import calibrate
+import eval as evaluation
+import tasks
+import train
+from extras.cli import add_common
+from extras.files import atomic_write, cached_json, load_adapter, load_foundation
+from extras.machine import pick_device
+from extras.tables import markdown
+from extras.user_data import drop_long_items, item_from_row, load_items
+from model import generate
+from tasks import QUESTION, TEMPLATE
+
+CONTEXT, LONGEST = 256, 192            # tokens: of the model, of a row that is learned
+STEPS, BATCH, EXAMPLES = 60, 8, 1200
+CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
+ITEMS, TEXT_ROWS, POOL = 60, 16, 1000  # evaluated; POOL: questions asked to find known ones
+SHOT = QUESTION.format("What is the capital of Italy?") + "Rome\n\n"  # before each question
+SHARE = 0.8                            # of LoRA's best progress on the task: where all are compared
+TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
+# Rates at which the small models of `study compare`, 128 channels wide, begin to learn
+SMALL = {("lora", 32): 2e-3, ("folora", 32): 2.8e-3, ("lora", 8): 4e-3, ("folora", 8): 1.1e-2,
+         ("sadam-full", 0): 7.1e-4, ("lora-kl", 32): 5.7e-3, ("replay", 32): 5.7e-3,
+         ("lora-null", 32): 2.8e-3}
+PROMPTS = [QUESTION.format("What is the capital of France?"),
+           QUESTION.format("Ann has 3 boxes of 12 pens and gives away 5. How many are left?"),
+           TEMPLATE.format("Write a function that returns the largest of a list."),
+           TEMPLATE.format("Name three primary colours."), "The Roman Empire was"]
+
+
+class Run(NamedTuple):
+    task: str
+    method: str
+    rank: int    # 0: full weights
+    factor: int  # on the rate of the small models, which falls with the width, here 576
+    seed: int = 0
+
+    @property
+    def arm(self):
+        return f"{self.method}{f' r{self.rank}' if self.rank else ''}, seed {self.seed}"
+
+    @property
+    def rate(self):
+        return float(f"{SMALL[self.method, self.rank] * 128 / 576 * self.factor:.1e}")
+
+
+def plan():
+    """All runs, the most telling first."""
+    main, others, (first, *rest) = list(SMALL)[:2], list(SMALL)[2:], TASKS
+    runs = [Run(task, *arm, factor)
+            for chosen, arms in (([first], main), (rest, main), ([first], others), (rest, others))
+            for task in chosen for factor in (2, 1, 4) for arm in arms]
+    return runs + [run._replace(seed=seed) for seed in (1, 2) for run in runs[:6]]
+
+
+# ------------------------------------------------------------------------------------------------
+# Texts
+
+def rows_of(texts, name):
+    """The rows of a .jsonl file, those of GSM8K and MBPP as they are learned here."""
+    for line in (pathlib.Path(texts) / f"{name}.jsonl").read_text("utf8").splitlines():
+        row = json.loads(line)
+        if name.startswith("gsm8k"):  # without <<48/2=24>>, a calculator's marks
+            row["answer"] = re.sub("<<.*?>>", "", row["answer"])
+        if name == "mbpp":
+            row = {"instruction": f"{row['text']}\nIt must pass: {row['test_list'][0]}",
+                   "output": row["code"].replace("\r", "").replace("\t", "    ")}
+        yield row
+
+
+def write_tasks(texts, out, encoding):
+    """out/<task>.jsonl, of rows that fit LONGEST tokens; returns {task: path}. load_items holds out
+    the last 2 HELD_OUT rows, or fewer of a short file."""
+    for task, files in TASKS.items():
+        first, *last = ([row for row in rows_of(texts, file) if LONGEST >= len(
+            tasks.response_row(item_from_row(row), encoding)[0])] for file in files)
+        rows = first[:EXAMPLES] + last[0][-2 * tasks.HELD_OUT:] if last else first
+        content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
+        atomic_write(out / f"{task}.jsonl", lambda f: f.write(content))
+    return {task: out / f"{task}.jsonl" for task in TASKS}
+
+
+def known_questions(model, encoding, name, texts, out, identity):
+    """Up to 2 ITEMS of POOL questions, answers of at most 5 tokens, that the model answers right."""
+    items = [item for item in map(item_from_row, rows_of(texts, name))
+             if len(encoding.encode_ordinary(item.answer)) <= 5]
+    items = [replace(item, prompt=SHOT + item.prompt)
+             for item in random.Random(name).sample(items, min(POOL, len(items)))]
+
+    def ask():
+        given = evaluation.answers(model, items, 100)
+        return {"asked": len(items), "right": [i for i, item in enumerate(items)
+                                               if item.check(given[i])]}
+    found = cached_json(out / f"known-{name}.json", identity, ask)["right"]
+    return [items[i] for i in found[:2 * ITEMS]]
+
+
+def kept(model, paths, texts, out, identity):
+    """({name: [Item]}, {name: text}) of what must be kept: a task, while another is learned."""
+    encoding = tasks.get_encoding(model.config.encoding)
+    items = {name: known_questions(model, encoding, name, texts, out, identity)
+             for name in ("trivia", "webquestions_test")}
+    humaneval = [tasks.Item(row["prompt"], row["canonical_solution"].rstrip(), None)
+                 for row in rows_of(texts, "humaneval")]
+    items["humaneval"] = drop_long_items(humaneval, encoding, CONTEXT, True)[0][:ITEMS]
+    for task, path in paths.items():
+        items[task] = [replace(i, check=None) for i in load_items(str(path), "test", ITEMS)]
+    return items, {name: gzip.open(pathlib.Path(texts) / f"{name}.txt.gz", "rt", encoding="utf8")
+                   .read(400_000) for name in ("wikitext2_test", "novels", "peps")}
+
+
+def measure(model, items, texts):
+    """{column of the tables: value}: percent right and nats per token, or bits per byte; and the
+    "answers" to PROMPTS."""
+    encoding = tasks.get_encoding(model.config.encoding)
+    prompts = [[encoding.eot_token, *encoding.encode_ordinary(p.rstrip(" "))] for p in PROMPTS]
+    found = {"answers": [encoding.decode(new) for new in generate(model, prompts, 48,
+                                                                  [encoding.eot_token])]}
+    for name, chosen in items.items():
+        score = evaluation.score_items(model, chosen)
+        found |= ({f"{name} %": score["score"]} if chosen[0].check else {})
+        found[f"{name} nats"] = score["nats"]
+    return found | {f"{name} b/B": evaluation.bits_per_byte(model, text, "test", TEXT_ROWS)["score"]
+                    for name, text in texts.items()}
+
+
+# ------------------------------------------------------------------------------------------------
+# Runs
+
+def do(run, path, out, score, identity):
+    """The scores of a run, which are on disk once it is done; full weights are not kept."""
+    common = ["--task", str(path), "--out", str(out)]
+
+    def make():
+        if run.method != "lora":
+            calibrate.main([*common, *CALIBRATE])
+        adapter = train.main([
+            "adapt", *common, "--method", run.method, "--rank", str(run.rank or 8), "--lr",
+            f"{run.rate:g}", "--seed", str(run.seed), "--steps", str(STEPS), "--batch", str(BATCH)])
+        found = score(load_adapter(adapter, out, pick_device()))
+        if not run.rank:
+            adapter.unlink()
+        return found
+    name = f"{run.method}-r{run.rank}-x{run.factor}-seed{run.seed}.json"
+    return cached_json(out / run.task / name, identity | run._asdict(), make)
+
+
+def pretrained(args):
+    """Do what is missing of `plan`, and write the tables after each run."""
+    out, done = pathlib.Path(args.out), {}
+    train.main(["pretrain", "--foundation", args.foundation, "--context", str(CONTEXT), "--out",
+                args.out])
+    model, weights = load_foundation(out, pick_device())
+    paths = write_tasks(args.texts, out, tasks.get_encoding(model.config.encoding))
+    identity = {"foundation": weights, "settings": [STEPS, BATCH, *CALIBRATE, SHOT]}
+    items, texts = kept(model, paths, args.texts, out, identity)
+    before = cached_json(out / "before.json", identity, lambda: measure(model, items, texts))
+    del model
+    for run in plan():
+        done[run] = do(run, paths[run.task], out, lambda m: measure(m, items, texts), identity)
+        atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
+
+
+def at_loss(points, own, loss, column):
+    """The value of a column where the column `own` first falls to `loss`, between two of `points`,
+    {column: value} by rate, the foundation first; None where it does not."""
+    for a, b in zip(points, points[1:]):
+        if b[own] <= loss < a[own]:
+            return a[column] + (b[column] - a[column]) * (a[own] - loss) / (a[own] - b[own])
+    return None
+
+
+def report(before, done):
+    """Two tables per task: at one loss on the task, and of every run."""
+    texts = []
+    for task in dict.fromkeys(run.task for run in done):
+        own, runs = f"{task} nats", sorted((run for run in done if run.task == task),
+                                           key=lambda run: run.rate)
+        best = min(done[run][own] for run in runs if run.method == "lora")
+        loss = before[own] - SHARE * (before[own] - best)
+        columns = [own, *(c for c in before if c not in (own, "identity", "answers"))]
+        curves = {run.arm: [before] + [done[r] for r in runs if r.arm == run.arm] for run in runs}
+        at = {arm: {c: at_loss(points, own, loss, c) for c in columns}
+              for arm, points in curves.items()}
+        every = {f"{run.arm}, rate {run.rate:g}": done[run] for run in runs}
+        for title, rows in (f"{task}, at {loss:.3f} nats", at), (f"{task}, every run", every):
+            texts.append(f"{title}\n\n" + markdown(["", *columns], [
+                [name, *("-" if row[c] is None else f"{row[c]:.3f}" for c in columns)]
+                for name, row in ({"before": before} | rows).items()]))
+    return "\n\n".join(texts) + "\n"
+
+
+def add_command(commands):
+    p = commands.add_parser("pretrained", help="a published model fine-tuned by several methods")
+    p.set_defaults(run=pretrained)
+    p.add_argument("--texts", metavar="FOLDER", required=True, help="see docs/pretrained.md")
+    p.add_argument("--foundation", default="smollm2", help="as for train.py pretrain")
+    add_common(p)

@@ -1,0 +1,82 @@
+"""The study of a published model, on a random Llama and made-up texts."""
+import gzip
+import json
+import re
+
+import pytest
+
+from micro import CALIBRATE
+from study import __main__ as main, pretrained
+from study.pretrained import Run, at_loss, plan, report
+from tiny_llama import tiny, write_folder
+
+
+def test_the_plan_begins_with_what_tells_most_and_repeats_nothing():
+    runs = plan()
+    assert [(run.task, run.arm) for run in runs[:2]] == [("gsm8k", "lora r32, seed 0"),
+                                                         ("gsm8k", "folora r32, seed 0")]
+    assert len(set(runs)) == len(runs) == 3 * 3 * 8 + 2 * 6
+    assert Run("mbpp", "lora", 32, 2).rate == 8.9e-4  # 2 x 2e-3 x 128 / 576
+
+
+def test_a_value_is_read_where_the_loss_first_passes():
+    points = [{"own": 3., "x": 0.}, {"own": 2., "x": 1.}, {"own": 1., "x": 5.}, {"own": 2., "x": 9.}]
+    assert [at_loss(points, "own", loss, "x") for loss in (2.5, 2, 1.75, 0.9)] == [0.5, 1, 2, None]
+
+
+def test_the_tables_of_a_comparison_by_hand():
+    """LoRA's best progress is 1; 80 % of it are reached halfway between FoLoRA's two runs."""
+    before = {"identity": 0, "answers": [], "a nats": 2., "b": 1.}
+    done = {Run("a", "lora", 32, 1): {"a nats": 1., "b": 11.},
+            Run("a", "folora", 32, 1): {"a nats": 1.4, "b": 2.},
+            Run("a", "folora", 32, 2): {"a nats": 1., "b": 4.}}
+    text = report(before, done)
+    assert "a, at 1.200 nats" in text and text.count("before") == 2
+    assert re.search(r"folora r32, seed 0 +\| +1.200 +\| +3.000", text)
+    assert re.search(r"lora r32, seed 0 +\| +1.200 +\| +9.000", text)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    def write(name, rows):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in "gsm8k_train", "gsm8k_test":
+        write(name, [{"question": f"{i} and 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n"
+                      f"#### {i + 1}"} for i in range(20)])
+    write("mbpp", [{"text": f"Add {i}.", "code": f"def f(x):\r\n\treturn x + {i}",
+                    "test_list": [f"assert f(0) == {i}"]} for i in range(20)])
+    write("instruct", [{"instruction": f"Say {i}.", "input": "", "output": f"{i}"}
+                       for i in range(20)])
+    write("humaneval", [{"prompt": "def f():\n", "canonical_solution": f"    return {i}\n"}
+                        for i in range(3)])
+    for name in "trivia", "webquestions_test":
+        write(name, [{"question": f"{name} {i}?", "answer": "the"} for i in range(9)])
+    for name in "wikitext2_test", "novels", "peps":
+        with gzip.open(tmp_path / f"{name}.txt.gz", "wt") as f:
+            f.write("A line of text.\n" * 400)
+    return tmp_path
+
+
+def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
+    """Two runs, then a third: the first two are read from disk. All questions count as known."""
+    write_folder(tmp_path, tiny(vocab=265, context=256, std=0.1))
+    monkeypatch.setattr(pretrained, "known_questions", lambda model, encoding, name, *_: [
+        pretrained.item_from_row(row) for row in pretrained.rows_of(texts, name)])
+    for name, value in dict(STEPS=2, BATCH=2, TEXT_ROWS=2, ITEMS=2).items():
+        monkeypatch.setattr(pretrained, name, value)
+    monkeypatch.setattr(pretrained, "CALIBRATE", [*CALIBRATE.split(), "--samples", "4"])
+    monkeypatch.setattr(pretrained, "SMALL", {("lora", 4): 1e-2, ("sadam-full", 0): 1e-3})
+    out, trained = tmp_path / "out", []
+    train = pretrained.train.main
+    monkeypatch.setattr(pretrained.train, "main", lambda a: [trained.append(a[0]), train(a)][1])
+    for number in 2, 3:
+        monkeypatch.setattr(pretrained, "plan", lambda: plan()[:number])
+        main.main(["pretrained", "--texts", str(texts), "--foundation", str(tmp_path), "--out",
+                   str(out)])
+    assert trained == ["pretrain", "adapt", "adapt", "pretrain", "adapt"]
+    assert "<<" not in (out / "gsm8k.jsonl").read_text()
+    text = (out / "pretrained.md").read_text()
+    assert "lora r4, seed 0" in text and "sadam-full, seed 0" in text and "trivia %" in text
+    result = json.loads((out / "gsm8k" / "lora-r4-x2-seed0.json").read_text())
+    assert len(result["answers"]) == len(pretrained.PROMPTS) and 3 < result["novels b/B"] < 15
+    assert [p.name for p in out.glob("gsm8k/*/adapter.pt")] == ["adapter.pt"] * 2  # of LoRA alone
