@@ -33,7 +33,7 @@ from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
 PRETRAIN = {  # option: (default, help)
-    "steps": (2500, "optimizer steps"), "batch": (16, "rows per step"),
+    "steps": (2750, "optimizer steps"), "batch": (16, "rows per step"),
     "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (3, "blocks"),
     "heads": (3, "attention heads per block"), "width": (96, "channels"),
     "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
