@@ -72,6 +72,8 @@ def test_every_cell_ends_in_an_assert_or_a_picture_and_fits_the_page():
 def test_stored_outputs_are_whole_and_small():
     """100 kB a picture at most, 150 kB for the README's; nothing printed by an error."""
     for cell in CODE:
+        drawn = any("data" in output for output in cell["outputs"])
+        assert drawn == ("plt.subplots" in source(cell)), cell["id"]
         for output in cell["outputs"]:
             assert output["output_type"] in ("stream", "display_data"), output
             assert output.get("name", "stdout") == "stdout", output
@@ -127,7 +129,7 @@ def test_the_exercises_are_answered_truly(change, gammas, gates, paid, steps):
 
 
 def test_what_no_step_along_v1_can_do():
-    """Exercise 1: without v₂ the task loss stays above 0.156; the least possible penalty is 0.18."""
+    """Exercise 1: without v₂ the loss stays above 0.156; the least possible penalty is 0.18."""
     m, dW = solve_layer(C_PRE, C_TASK), torch.ones(1, 2, dtype=torch.float64)
     H, V, eigvals = m["H"], m["basis"], m["eigvals"]
     wanted = (dW @ H @ V)[0]
