@@ -192,9 +192,10 @@ def calibrate(args, texts=None):
         prompts = [[encoding.eot_token] + encoding.encode_ordinary(query) for query in queries]
         prompts = [tokens[:model.config.block_size] for tokens in prompts]
         C_task = second_moments(model, prompts, moments_device=args.moments_device)
-        layers = {name: {"C_pre": cached["C_pre"][name], "C_task": C, "S_pre": cached["S_pre"][name]}
-                  for name, C in C_task.items()}
-        print(spectrum_table(layers))
+        layers = {name: {"C_pre": cached["C_pre"][name], "C_task": C,
+                         "S_pre": cached["S_pre"][name]} for name, C in C_task.items()}
+        print(spectrum_table({name: moments for name, moments in layers.items()
+                              if input_twin(model, name) == name}))
         return {"layers": layers, "samples": cached["samples"]}
 
     settings = dict(cached["settings"], task=args.task, queries=args.queries,

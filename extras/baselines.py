@@ -1,5 +1,5 @@
-"""All methods in one table: how each differs from LoRA in where it starts, how it steps, what it adds to
-the loss. Singular value decompositions are in float64."""
+"""All methods in one table: how each differs from LoRA in where it starts, how it steps, what it
+adds to the loss. Singular value decompositions are in float64."""
 import copy
 import math
 import random

@@ -1,4 +1,4 @@
-"""Every file under out/: written whole or not at all, checked when read, built once for its settings.
+"""Every file under out/: written whole or not at all, checked when read, built once per settings.
 
 A checkpoint is what torch.save writes of a dict of tensors and plain values with its "kind" and
 "settings", followed by the SHA-256 of those bytes. Loading one executes nothing (weights_only).
@@ -38,7 +38,7 @@ def fingerprint(tensors):
 
 @contextlib.contextmanager
 def file_lock(path, wait=True):
-    """Yields True once this process alone may build `path`; without `wait`, False if another has it.
+    """Yields True once this process alone may build `path`; without `wait`, False if another may.
 
     The lock is on a file beside `path`, so it ends with the process, however that ends. Of
     processes that work together, rank 0 takes it.
@@ -87,7 +87,7 @@ def atomic_write(path, write):
 
 @contextlib.contextmanager
 def friendly_errors(path, advice):
-    """Whatever is wrong with a file becomes one line, a ValueError: the file, the reason, advice."""
+    """Whatever is wrong with a file becomes a ValueError of one line: file, reason, advice."""
     if not path.is_file():  # opening a pipe would wait for ever
         raise ValueError(f"{path} cannot be read (it is missing, or not a file); {advice}")
     try:
@@ -120,8 +120,8 @@ def load_tensors(path):
 
 
 def check_tensors(found, expected):
-    """ValueError names a tensor that is missing, unknown, or of another shape or type than expected;
-    both are {name: tensor}."""
+    """ValueError names a tensor that is missing, unknown, or of another shape or type than
+    expected; both are {name: tensor}."""
     for name in sorted(found.keys() ^ expected.keys(), key=str):
         raise ValueError(f"{name} is {'missing' if name in expected else 'unknown'}")
     for name, own in expected.items():
@@ -219,7 +219,8 @@ def load_foundation(out, device):
     """(GPT or Llama, fingerprint of its weights). A tokenizer that came with the weights becomes
     one of tasks.ENCODINGS."""
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
-    saved, advice = load(path, "foundation", made_by), f"delete it and make it again with: {made_by}"
+    advice = f"delete it and make it again with: {made_by}"
+    saved = load(path, "foundation", made_by)
     with friendly_errors(path, advice):
         config = saved["settings"]["config"]
         kind, config = ((Llama, LlamaConfig(**config)) if "n_kv_head" in config else
@@ -274,7 +275,7 @@ def task_folder(args):
 
 
 def load_calibration(args, model, foundation):
-    """What calibrate.py wrote for this task: "layers" {name: {C_pre, C_task, S_pre}} and "samples"."""
+    """What calibrate.py wrote for this task: "layers" {name: {C_pre, C_task, S_pre}}, "samples"."""
     path = task_folder(args) / f"{args.calibration}.pt"
     made_by = f"python calibrate.py --task {args.task} --name {args.calibration} --out {args.out}"
     calibration = load_measured(path, "calibration", made_by, model)
@@ -349,7 +350,7 @@ def read_safetensors(path):
         if entry["dtype"] not in dtypes:
             raise ValueError(f"{name} has the type {entry['dtype']}, which is not supported")
         first, last = entry["data_offsets"]
-        raw = torch.frombuffer(content[start + first:start + last] or bytearray(1), dtype=torch.uint8)
-        raw = raw[:last - first]
+        raw = content[start + first:start + last] or bytearray(1)
+        raw = torch.frombuffer(raw, dtype=torch.uint8)[:last - first]
         tensors[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
     return tensors

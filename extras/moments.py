@@ -1,5 +1,5 @@
-"""Around the measurement of second moments: batches of texts, sums over processes, and the moments of
-gradients that the KL penalty and the study's estimates need."""
+"""Around the measurement of second moments: batches of texts, sums over processes, and the moments
+of gradients that the KL penalty and the study's estimates need."""
 from torch.nn import functional as F
 
 import tasks

@@ -1,7 +1,7 @@
 """Muon by hand: each matrix moves along its momentum, made orthogonal.
 
-torch.optim.Muon always iterates in bfloat16, which a CPU without bf16 instructions emulates, about a
-hundred times slower than float32. Here the caller chooses the dtype.
+torch.optim.Muon always iterates in bfloat16, which a CPU without bf16 instructions emulates, about
+a hundred times slower than float32. Here the caller chooses the dtype.
 Sources: Keller Jordan, https://kellerjordan.github.io/posts/muon/; Liu et al., arXiv 2502.16982.
 """
 import math
@@ -12,8 +12,8 @@ from model import block_linears
 
 
 def newton_schulz(G, dtype):
-    """About UVᵀ for each G = UΣVᵀ, (count, m, n): X <- aX + b(XXᵀ)X + c(XXᵀ)²X keeps U and V, and five
-    such steps bring singular values that are not tiny to 0.7 .. 1.2."""
+    """About UVᵀ for each G = UΣVᵀ, (count, m, n): X <- aX + b(XXᵀ)X + c(XXᵀ)²X keeps U and V, and
+    five such steps bring singular values that are not tiny to 0.7 .. 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315  # Jordan's: steep at 0, where it matters most
     tall = G.shape[-2] > G.shape[-1]
     X = G.to(dtype)
@@ -58,9 +58,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def pretraining_optimizers(model, lr, muon_lr, dtype="float32"):
-    """Muon for the blocks' matrices, AdamW for the rest: with AdamW alone, 3.3 million tokens teach
-    12 % of the facts instead of 99 %."""
+    """Muon for the blocks' matrices, which learns from fewer tokens; AdamW for the rest."""
     matrices = [linear.weight for linear in block_linears(model).values()]
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    return [Muon(matrices, lr=muon_lr, weight_decay=0.1, momentum=0.95, dtype=getattr(torch, dtype)),
+    return [Muon(matrices, lr=muon_lr, dtype=getattr(torch, dtype)),
             torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
