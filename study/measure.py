@@ -48,8 +48,8 @@ def training_steps(model, optimizers, batch, steps):
 
 
 def training_bytes(model, optimizer):
-    """Bytes that training holds. On a GPU the peak since its statistics were reset; on a CPU a count
-    of weights, gradients, Adam's moments, bases and gates, without activations."""
+    """Bytes that training holds. On a GPU the peak since its statistics were reset; on a CPU a
+    count of weights, gradients, Adam's moments, bases and gates, without activations."""
     if next(model.parameters()).is_cuda:
         return torch.cuda.max_memory_allocated()
     trained = [p for p in model.parameters() if p.requires_grad]
