@@ -2,11 +2,10 @@
 
     python -m study pretrained --texts FOLDER --out pretrained      # stop and repeat it as you like
 
-It learns GSM8K with its working, MBPP, or instructions. What it knew is measured before and after:
-trivia and web questions that it answered right, text, and the tasks that it does not learn.
-Forgetting grows with the learning rate, so a method runs at three of them and is read off where its
-loss on unseen items of the task is the same as the others'. The most telling runs come first; after
-each the tables in OUT/pretrained.md are written anew.
+It learns GSM8K with its working, MBPP, or instructions. Measured before and after: questions that
+it answered right, text, and the tasks that it does not learn. Forgetting grows with the learning
+rate, so a method runs at three of them and is read off where its loss on unseen items of the task
+is that of the others. The most telling runs come first; each renews the tables OUT/pretrained.md.
 """
 import gzip
 import json
@@ -26,30 +25,27 @@ from extras.machine import pick_device
 from extras.tables import markdown
 from extras.user_data import drop_long_items, item_from_row, load_items
 from model import generate
-from tasks import QUESTION, TEMPLATE
 
-CONTEXT, LONGEST = 256, 192            # tokens: of the model, of a row that is learned
-STEPS, BATCH, EXAMPLES = 60, 8, 1200
+CONTEXT, LONGEST, EXAMPLES = 256, 192, 1200  # tokens of the model, of a row; rows to learn from
+STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, where all are compared
 CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
 ITEMS, TEXT_ROWS, POOL = 60, 16, 1000  # evaluated; POOL: questions asked to find known ones
-SHOT = QUESTION.format("What is the capital of Italy?") + "Rome\n\n"  # before each question
-SHARE = 0.8                            # of LoRA's best progress on the task: where all are compared
+SHOT = "Question: What is the capital of Italy?\nAnswer: Rome\n\n"  # before each question
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
-# Rates at which the small models of `study compare`, 128 channels wide, begin to learn
+# Rates at which the models of `study compare` begin to learn; they fall with the width, 128 to 576
 SMALL = {("lora", 32): 2e-3, ("folora", 32): 2.8e-3, ("lora", 8): 4e-3, ("folora", 8): 1.1e-2,
          ("sadam-full", 0): 7.1e-4, ("lora-kl", 32): 5.7e-3, ("replay", 32): 5.7e-3,
          ("lora-null", 32): 2.8e-3}
-PROMPTS = [QUESTION.format("What is the capital of France?"),
-           QUESTION.format("Ann has 3 boxes of 12 pens and gives away 5. How many are left?"),
-           TEMPLATE.format("Write a function that returns the largest of a list."),
-           TEMPLATE.format("Name three primary colours."), "The Roman Empire was"]
+PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
+           "Question: Ann has 3 boxes of 12 pens and gives away 5. How many are left?\nAnswer:",
+           *map(tasks.TEMPLATE.format, ("Name three colours.", "Write a function that sorts."))]
 
 
 class Run(NamedTuple):
     task: str
     method: str
     rank: int    # 0: full weights
-    factor: int  # on the rate of the small models, which falls with the width, here 576
+    factor: int  # on the small models' rate
     seed: int = 0
 
     @property
@@ -70,9 +66,6 @@ def plan():
     return runs + [run._replace(seed=seed) for seed in (1, 2) for run in runs[:6]]
 
 
-# ------------------------------------------------------------------------------------------------
-# Texts
-
 def rows_of(texts, name):
     """The rows of a .jsonl file, those of GSM8K and MBPP as they are learned here."""
     for line in (pathlib.Path(texts) / f"{name}.jsonl").read_text("utf8").splitlines():
@@ -86,30 +79,27 @@ def rows_of(texts, name):
 
 
 def write_tasks(texts, out, encoding):
-    """out/<task>.jsonl, of rows that fit LONGEST tokens; returns {task: path}. load_items holds out
-    the last 2 HELD_OUT rows, or fewer of a short file."""
+    """{task: out/<task>.jsonl}, rows of at most LONGEST tokens, the last of them held out."""
     for task, files in TASKS.items():
-        first, *last = ([row for row in rows_of(texts, file) if LONGEST >= len(
-            tasks.response_row(item_from_row(row), encoding)[0])] for file in files)
+        first, *last = ([row for row in rows_of(texts, file) if len(
+            tasks.response_row(item_from_row(row), encoding)[0]) <= LONGEST] for file in files)
         rows = first[:EXAMPLES] + last[0][-2 * tasks.HELD_OUT:] if last else first
-        content = "".join(f"{json.dumps(row)}\n" for row in rows).encode()
-        atomic_write(out / f"{task}.jsonl", lambda f: f.write(content))
+        (out / f"{task}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     return {task: out / f"{task}.jsonl" for task in TASKS}
 
 
 def known_questions(model, encoding, name, texts, out, identity):
-    """Up to 2 ITEMS of POOL questions, answers of at most 5 tokens, that the model answers right."""
-    items = [item for item in map(item_from_row, rows_of(texts, name))
-             if len(encoding.encode_ordinary(item.answer)) <= 5]
+    """Up to 2 ITEMS of POOL questions that the model answers right; answers have 1 to 5 tokens."""
     items = [replace(item, prompt=SHOT + item.prompt)
-             for item in random.Random(name).sample(items, min(POOL, len(items)))]
+             for item in map(item_from_row, rows_of(texts, name))
+             if len(encoding.encode_ordinary(item.answer)) <= 5]
+    items = random.Random(name).sample(items, min(POOL, len(items)))
 
     def ask():
         given = evaluation.answers(model, items, 100)
-        return {"asked": len(items), "right": [i for i, item in enumerate(items)
-                                               if item.check(given[i])]}
-    found = cached_json(out / f"known-{name}.json", identity, ask)["right"]
-    return [items[i] for i in found[:2 * ITEMS]]
+        return {"right": [i for i, item in enumerate(items) if item.check(given[i])]}
+    right = cached_json(out / f"known-{name}.json", identity, ask)["right"]
+    return [items[i] for i in right[:2 * ITEMS]]
 
 
 def kept(model, paths, texts, out, identity):
@@ -127,28 +117,24 @@ def kept(model, paths, texts, out, identity):
 
 
 def measure(model, items, texts):
-    """{column of the tables: value}: percent right and nats per token, or bits per byte; and the
-    "answers" to PROMPTS."""
+    """{column: percent right, nats per token or bits per byte}, and the "answers" to PROMPTS."""
     encoding = tasks.get_encoding(model.config.encoding)
-    prompts = [[encoding.eot_token, *encoding.encode_ordinary(p.rstrip(" "))] for p in PROMPTS]
-    found = {"answers": [encoding.decode(new) for new in generate(model, prompts, 48,
-                                                                  [encoding.eot_token])]}
+    prompts = [[encoding.eot_token, *encoding.encode_ordinary(prompt)] for prompt in PROMPTS]
+    found = {"answers": [encoding.decode(reply) for reply in
+                         generate(model, prompts, 48, [encoding.eot_token])]}
     for name, chosen in items.items():
         score = evaluation.score_items(model, chosen)
         found |= ({f"{name} %": score["score"]} if chosen[0].check else {})
         found[f"{name} nats"] = score["nats"]
-    return found | {f"{name} b/B": evaluation.bits_per_byte(model, text, "test", TEXT_ROWS)["score"]
-                    for name, text in texts.items()}
+    for name, text in texts.items():
+        found[f"{name} b/B"] = evaluation.bits_per_byte(model, text, "test", TEXT_ROWS)["score"]
+    return found
 
-
-# ------------------------------------------------------------------------------------------------
-# Runs
 
 def do(run, path, out, score, identity):
     """The scores of a run, which are on disk once it is done; full weights are not kept."""
-    common = ["--task", str(path), "--out", str(out)]
-
     def make():
+        common = ["--task", str(path), "--out", str(out)]
         if run.method != "lora":
             calibrate.main([*common, *CALIBRATE])
         adapter = train.main([
@@ -165,8 +151,8 @@ def do(run, path, out, score, identity):
 def pretrained(args):
     """Do what is missing of `plan`, and write the tables after each run."""
     out, done = pathlib.Path(args.out), {}
-    train.main(["pretrain", "--foundation", args.foundation, "--context", str(CONTEXT), "--out",
-                args.out])
+    train.main(["pretrain", "--foundation", args.foundation, "--context", f"{CONTEXT}",
+                "--out", args.out])
     model, weights = load_foundation(out, pick_device())
     paths = write_tasks(args.texts, out, tasks.get_encoding(model.config.encoding))
     identity = {"foundation": weights, "settings": [STEPS, BATCH, *CALIBRATE, SHOT]}
@@ -179,8 +165,7 @@ def pretrained(args):
 
 
 def at_loss(points, own, loss, column):
-    """The value of a column where the column `own` first falls to `loss`, between two of `points`,
-    {column: value} by rate, the foundation first; None where it does not."""
+    """A column's value where `own` first falls to `loss` along points {column: value}, or None."""
     for a, b in zip(points, points[1:]):
         if b[own] <= loss < a[own]:
             return a[column] + (b[column] - a[column]) * (a[own] - loss) / (a[own] - b[own])
@@ -200,10 +185,10 @@ def report(before, done):
         at = {arm: {c: at_loss(points, own, loss, c) for c in columns}
               for arm, points in curves.items()}
         every = {f"{run.arm}, rate {run.rate:g}": done[run] for run in runs}
-        for title, rows in (f"{task}, at {loss:.3f} nats", at), (f"{task}, every run", every):
-            texts.append(f"{title}\n\n" + markdown(["", *columns], [
-                [name, *("-" if row[c] is None else f"{row[c]:.3f}" for c in columns)]
-                for name, row in ({"before": before} | rows).items()]))
+        for title, rows in (f"at {loss:.3f} nats", at), ("every run", every):
+            rows = [[name, *("-" if row[c] is None else f"{row[c]:.3f}" for c in columns)]
+                    for name, row in ({"before": before} | rows).items()]
+            texts.append(f"{task}, {title}\n\n{markdown(['', *columns], rows)}")
     return "\n\n".join(texts) + "\n"
 
 
