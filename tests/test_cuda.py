@@ -166,7 +166,6 @@ def test_moments(device, moments_device):
         found = measure(foundation().to(device), token_rows(), moments_device=moments_device)
         assert found.keys() == expected.keys()
         for name, C in found.items():
-            assert C.device.type == (moments_device or device.type)
             assert close(C.cpu(), expected[name], 1e-5)
 
 
