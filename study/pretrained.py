@@ -26,7 +26,7 @@ from extras.tables import markdown
 from extras.user_data import drop_long_items, item_from_row, load_items
 from model import generate
 
-CONTEXT, LONGEST, EXAMPLES = 256, 192, 1200  # tokens of the model, of a row; rows to learn from
+CONTEXT, LONGEST, EXAMPLES = 256, 192, 1600  # tokens of the model, of a row; rows to learn from
 STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, where all are compared
 CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
 ITEMS, TEXT_ROWS, POOL = 60, 16, 1000  # evaluated; POOL: questions asked to find known ones
@@ -68,7 +68,7 @@ def plan():
 
 def rows_of(texts, name):
     """The rows of a .jsonl file, those of GSM8K and MBPP as they are learned here."""
-    for line in (pathlib.Path(texts) / f"{name}.jsonl").read_text("utf8").splitlines():
+    for line in (pathlib.Path(texts) / f"{name}.jsonl").read_text("utf8").strip().split("\n"):
         row = json.loads(line)
         if name.startswith("gsm8k"):  # without <<48/2=24>>, a calculator's marks
             row["answer"] = re.sub("<<.*?>>", "", row["answer"])

@@ -39,7 +39,8 @@ def test_the_tables_of_a_comparison_by_hand():
 @pytest.fixture
 def texts(tmp_path):
     def write(name, rows):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (tmp_path / f"{name}.jsonl").write_text("".join(
+            json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf8")
     for name in "gsm8k_train", "gsm8k_test":
         write(name, [{"question": f"{i} and 1?", "answer": f"It is <<{i}+1={i + 1}>>{i + 1}.\n"
                       f"#### {i + 1}"} for i in range(20)])
@@ -50,7 +51,7 @@ def texts(tmp_path):
     write("humaneval", [{"prompt": "def f():\n", "canonical_solution": f"    return {i}\n"}
                         for i in range(3)])
     for name in "trivia", "webquestions_test":
-        write(name, [{"question": f"{name} {i}?", "answer": "the"} for i in range(9)])
+        write(name, [{"question": f"{name}\u2028{i}?", "answer": "the"} for i in range(9)])
     for name in "wikitext2_test", "novels", "peps":
         with gzip.open(tmp_path / f"{name}.txt.gz", "wt") as f:
             f.write("A line of text.\n" * 400)
