@@ -126,7 +126,7 @@ def timed_adapt(path, *arguments):
 
 
 def beside_plain(run, *launcher, **options):
-    """Two runs, one so launched or with these options, and how far their losses (nats) are apart."""
+    """A run so launched, or with these options; a plain one; how far their losses differ, nats."""
     found, plain = adapting(run, *launcher, **options), adapting(run)
     pairs = zip(found.pop("losses"), plain.pop("losses"), strict=True)
     return {**found, "plain": plain, "losses differ by": max(abs(a - b) for a, b in pairs)}
@@ -154,7 +154,7 @@ STEPS = {  # name: (seconds it usually takes at most, function)
 
 
 def attempt(name, out, rehearse, left):
-    """Do a step within `left` seconds and twice its usual time; returns what gpu.json says of it."""
+    """Do a step within `left` seconds and twice its usual time; returns its entry in gpu.json."""
     usual, step = STEPS[name]
     if left < usual and not rehearse:
         return {"skipped": f"may take {usual} s, {left:.0f} s were left"}

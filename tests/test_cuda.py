@@ -217,7 +217,8 @@ def test_greedy_text_is_equal_token_by_token(device, lengths):
 def test_sampled_text_follows_from_the_seed(device):
     """With a decoding setting for each row; and the filters agree with the CPU's."""
     model = foundation().to(device)
-    logits, decoding = 3 * torch.randn(40, 257), calibrate.draw_decoding(random.Random(0), 40, model)
+    logits = 3 * torch.randn(40, 257)
+    decoding = calibrate.draw_decoding(random.Random(0), 40, model)
     kept = filter_top_k_top_p(logits.to(device), *decoding).cpu()
     expected = filter_top_k_top_p(logits, *(t.cpu() for t in decoding))
     both = kept.isfinite() & expected.isfinite()

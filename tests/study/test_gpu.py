@@ -1,4 +1,4 @@
-"""`python -m study gpu`: every step in a rehearsal on the CPU; what is recorded and what done again."""
+"""`python -m study gpu`: every step in a rehearsal on the CPU; what is recorded, what done again."""
 import json
 import pathlib
 import re
