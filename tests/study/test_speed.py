@@ -79,7 +79,7 @@ def rehearse(tmp_path, *rows):
     return json.loads((tmp_path / "speed.json").read_text())
 
 
-def test_every_row_runs(tmp_path, capfd, monkeypatch):
+def test_every_row_runs(tmp_path, capfd):
     """The main job has a test of its own; references only where they are installed."""
     rows = [row for row in speed.ROWS if row != "main-job"]
     written, printed = rehearse(tmp_path, *rows), capfd.readouterr().out
