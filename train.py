@@ -33,11 +33,11 @@ from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
 PRETRAIN = {  # option: (default, help)
-    "steps": (2750, "optimizer steps"), "batch": (16, "rows per step"),
-    "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (3, "blocks"),
+    "steps": (2000, "optimizer steps"), "batch": (16, "rows per step"),
+    "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (4, "blocks"),
     "heads": (3, "attention heads per block"), "width": (96, "channels"),
     "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
-    "muon_lr": (0.03, "Muon's peak learning rate (matrices)"),
+    "muon_lr": (0.02, "Muon's peak learning rate (matrices)"),
     "seed": (0, "of everything random")}
 ADAPT = {
     "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"),
