@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy
 import calibrate
 import tasks
 import train
+from extras import moments
 from extras.files import load, load_foundation
 from micro import CALIBRATE, PRETRAIN, error_line, one_mixture, out  # noqa: F401 (fixtures)
 from model import GPT, GPTConfig, block_linears, forward_hooks
@@ -137,7 +138,8 @@ def test_sums_in_host_memory_are_the_same(measure, monkeypatch):
             asked.append(device)
             super().__init__(d, device)
 
-    monkeypatch.setattr(calibrate, "SecondMoment", Noted)
+    for module in calibrate, moments:
+        monkeypatch.setattr(module, "SecondMoment", Noted)
     a, b = (measure(tiny_model(), rows, moments_device=where) for where in (None, "cpu"))
     assert asked[0] == torch.device("cpu") and set(map(type, asked)) == {torch.device, str}
     assert all(torch.equal(C, b[name]) for name, C in a.items())

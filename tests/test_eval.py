@@ -147,7 +147,8 @@ def test_every_stage_left_its_result(job):
     for scores in results.values():
         kept = [scores["kept"][kind]["score"] for kind in ("facts", "lookup", "sums", "words")]
         assert len(scores["kept"]) == 4 and scores["Avg1"] == pytest.approx(sum(kept) / 4)
-        assert set(scores["text"]) == {"prose", "source"} and scores["target"]["n"] == 200
+        assert set(scores["text"]) == {"prose", "source"}
+        assert scores["target"]["n"] == evaluation.ITEMS
         assert 2 < scores["text"]["prose"]["score"] < 9
         assert scores["GM"] == pytest.approx((scores["Avg1"] * scores["Avg2"]) ** 0.5)
 
@@ -166,8 +167,9 @@ def test_a_second_run_makes_nothing_again(job, tmp_path):
     assert {p for p, t in times(job).items() if t != before.get(p)} == {results}
 
 
-def test_the_same_job_twice_gives_the_same_files(job, tmp_path):
+def test_the_same_job_twice_gives_the_same_files(tmp_path, monkeypatch):
     """Every byte."""
+    monkeypatch.setattr(evaluation, "ITEMS", 20)
     for folder in tmp_path / "a", tmp_path / "b":
         main_job(folder, "--task", "instruct", "--methods", "lora-kl-leading", "--split", "valid")
     a, b = ({path.relative_to(folder): path.read_bytes() for path in times(folder)}
@@ -185,15 +187,16 @@ def test_scores_are_made_again_when_weights_items_or_split_change(job, monkeypat
     made, evaluate = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate",
                         lambda *given, **more: made.append(given[2]) or evaluate(*given, **more))
-    main_job(job, "--task", "code", "--methods", "lora")
+    lora = functools.partial(main_job, job, "--task", "code", "--methods", "lora")
+    lora()
     assert made == []
-    main_job(job, "--task", "code", "--methods", "lora", "--split", "valid")
-    assert made == ["valid", "valid"]
-    main_job(job, "--task", "code", "--methods", "lora", "--adapt", STAGES[-1] + " --seed 1")
-    assert made == ["valid", "valid", "test"]
-    monkeypatch.setattr(tasks, "HELD_OUT", 10)
-    main_job(job, "--task", "code", "--methods", "lora")
-    assert made == ["valid", "valid", "test", "test", "test"]
+    monkeypatch.setattr(evaluation, "ITEMS", 10)
+    lora()
+    assert made == ["test", "test"]
+    lora("--split", "valid")
+    assert made == ["test", "test", "valid", "valid"]
+    lora("--adapt", STAGES[-1] + " --seed 1")
+    assert made == ["test", "test", "valid", "valid", "test"]
 
 
 @pytest.mark.parametrize("arguments, answer", [
@@ -231,7 +234,7 @@ def files(tmp_path):
 def test_a_users_own_files_run_through_all_stages(out, files, monkeypatch):
     """By likelihood, or by exact match where every item allows it; only what the user names is
     kept."""
-    monkeypatch.setattr(tasks, "HELD_OUT", 10)  # of the items that come with the project
+    monkeypatch.setattr(evaluation, "ITEMS", 10)  # of the items that come with the project
     job = functools.partial(main_job, out, "--methods", "lora", "--task", files["task"])
     result = job()["lora"]
     assert result["target"]["n"] == 4
@@ -267,7 +270,8 @@ def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer
         main_job(out, "--methods", "lora", *(argument.format(**names) for argument in arguments))
 
 
-def test_long_rows_can_be_left_out(out, tmp_path, capsys):
+def test_long_rows_can_be_left_out(out, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluation, "ITEMS", 10)
     path = write_jsonl(tmp_path / "long.jsonl", *GOOD, LONG, *GOOD)
     main_job(out, "--methods", "lora", "--task", path, "--skip-bad", "--keep", path)
     assert ("1 of 40 items do not fit the context of 128 and are left out"
