@@ -80,6 +80,8 @@ def atomic_write(path, write):
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
             reason = error if isinstance(error, OSError) else error.__context__ or error
+            if isinstance(reason, KeyboardInterrupt):  # hidden likewise
+                raise reason from None
             raise OSError(f"{path} cannot be written: {reason}") from None
         finally:
             temporary.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ import pickle
 import pytest
 import torch
 
-from extras.files import fingerprint, load, save
+from extras.files import atomic_write, fingerprint, load, save
 
 
 def test_a_fingerprint_sees_every_value_name_shape_and_type():
@@ -35,3 +35,21 @@ def test_what_is_saved_is_loaded_and_what_is_broken_is_named(tmp_path):
             load(path, "adapter", "python train.py adapt")
     with pytest.raises(ValueError, match="is missing; make it with: python"):
         load(tmp_path / "none.pt", "adapter", "python train.py adapt")
+
+
+@pytest.mark.parametrize("error, reason", [(KeyboardInterrupt, None), (OSError, "x.pt cannot be wr")])
+def test_what_stops_a_save_halfway_is_not_hidden_by_torch(tmp_path, error, reason):
+    """Ctrl-C stays Ctrl-C, a full disk becomes one line; nothing is written."""
+    class Stopped:
+        """A file that can take 100 bytes."""
+        def __init__(self, file):
+            self.file, self.flush = file, file.flush
+
+        def write(self, content):
+            if self.file.tell() + len(content) > 100:
+                raise error("no space left")
+            return self.file.write(content)
+    content = {"kind": "adapter", "t": torch.ones(1000)}
+    with pytest.raises(error, match=reason):
+        atomic_write(tmp_path / "x.pt", lambda f: torch.save(content, Stopped(f)))
+    assert list(tmp_path.iterdir()) == []
