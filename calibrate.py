@@ -144,11 +144,10 @@ def second_moments(model, rows, batch=64, moments_device=None):
 # ------------------------------------------------------------------------------------------------
 # The command
 
-def proxy(args, model, foundation, texts):
+def proxy(args, model, foundation, source="own", texts=None):
     """What out/proxy.pt holds, built unless it is up to date: "samples" (N, longest) int32, padded
     with -1; "C_pre" {layer: (d_in, d_in)}; "S_pre" {layer: (d_out, d_out)}."""
     encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
-    (source, samples), *_ = texts.items() if texts else [("own", None)]
     settings = dict(foundation=foundation, source=source,
                     limits={key: getattr(args, key) for key in FILTERS},
                     **{key: getattr(args, key) for key in
@@ -157,7 +156,7 @@ def proxy(args, model, foundation, texts):
 
     def build():
         print(f"proxy: {args.samples} samples, source: {source}")
-        chosen = samples or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
+        chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
                                          args.min_new, args.max_new or length, args.seed)
         chosen = [tokens[:length] for tokens in chosen]
         for tokens in chosen[:4]:
@@ -174,10 +173,10 @@ def proxy(args, model, foundation, texts):
     return load_measured(path, "proxy", "python calibrate.py", model)
 
 
-def calibrate(args, texts=None):
+def calibrate(args, source="own", texts=None):
     """Sample and measure, unless out/<task>/calibration.pt is up to date.
 
-    texts: {source: token lists} to measure C_pre on; default: the foundation's own samples.
+    texts: token lists to measure C_pre on, and in `source` whose they are; default: own samples.
     """
     set_precision(args.precision)
     if not re.fullmatch(r"calibration[\w.-]*", args.name):
@@ -185,7 +184,7 @@ def calibrate(args, texts=None):
     queries = [item.prompt for item in load_items(args.task, "train", args.queries, args.skip_bad)]
     model, foundation = load_foundation(args.out, pick_device())
     encoding = tasks.get_encoding(model.config.encoding)
-    cached = proxy(args, model, foundation, texts)
+    cached = proxy(args, model, foundation, source, texts)
 
     def build():
         print(f"calibrate: {len(queries)} queries of {args.task} for C_task")

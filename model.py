@@ -79,7 +79,8 @@ def cached_attention(q, k, v, pos, aligned):
     mask = None
     if not (aligned and q.shape[2] == 1):  # else the one new token may see everything so far
         mask = torch.arange(k.shape[2], device=q.device) <= pos[:, None, :, None]  # (B, 1, T, used)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    grouped = q.shape[1] > k.shape[1]  # several query heads read one key and value head
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
 
 class CausalSelfAttention(nn.Module):

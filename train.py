@@ -189,9 +189,7 @@ def maybe_compile(model, wanted):
 
 def adapt(args, methods=METHODS, loop=training_loop):
     """Teach the foundation a task, unless this run's adapter.pt is up to date; returns its path.
-
-    `loop` runs the steps; a caller may pass its own, with training_loop's arguments.
-    """
+    `loop` runs the steps; a caller may pass its own, with training_loop's arguments."""
     set_precision(args.precision)
     # 1. Load the task, the foundation, and what was measured on both texts.
     device, (args.method, method) = pick_device(), find_method(args.method, methods)
@@ -217,14 +215,15 @@ def adapt(args, methods=METHODS, loop=training_loop):
             layers = block_linears(model.requires_grad_(method.steps is None))
         spectral, generator = {}, torch.Generator().manual_seed(args.seed)
         progress = Progress("solving layers", len(layers))
-        for number, (name, layer) in enumerate(layers.items()):
+        for number, (name, layer) in enumerate(layers.items(), 1):
             moments = calibration and calibration["layers"][name]
             spectral |= start_layer(name, layer, method, moments, args, generator)
             progress(number)
         # 3. Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
         optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
                           basis_dtype=getattr(torch, args.basis_dtype))
-        spectral.clear()  # 4. Train; 5. save what was trained.
+        # 4. Train, the optimizer having its own copies of the bases; 5. save what was trained.
+        spectral.clear()
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
                       penalty=added_loss(method, model, layers, calibration, args),
                       parts=args.accumulate)

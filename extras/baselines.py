@@ -183,15 +183,15 @@ class Rehearsal:
     samples: list     # of token lists without <|endoftext|>
     rows: int
     model: torch.nn.Module
-    base: torch.nn.Module
+    base: torch.nn.Module | None  # the model as it started; distill_loss alone reads it
     seed: int
 
     def __call__(self, step):
-        eot = tasks.get_encoding(self.base.config.encoding).eot_token
+        eot = tasks.get_encoding(self.model.config.encoding).eot_token
         chosen = random.Random(f"rehearse {self.seed} {step}").choices(self.samples, k=self.rows)
-        x, y = tasks.response_batch([([eot, *tokens][:self.base.config.block_size + 1], 1)
+        x, y = tasks.response_batch([([eot, *tokens][:self.model.config.block_size + 1], 1)
                                      for tokens in chosen])  # every token is a target
-        device = self.base.lm_head.weight.device
+        device = self.model.lm_head.weight.device
         with autocast(device):
             return self.weight * self.loss(self.model, self.base, x.to(device), y.to(device))
 
@@ -207,8 +207,9 @@ def added_loss(method, model, layers, calibration, args):
     if not method.rehearsal:
         return penalty
     samples = [[t for t in row if t >= 0] for row in calibration["samples"].tolist()]
+    base = copy.deepcopy(model).requires_grad_(False) if method.rehearsal is distill_loss else None
     rehearsal = Rehearsal(method.rehearsal, args.rehearsal, samples, max(1, args.batch // 4), model,
-                          copy.deepcopy(model).requires_grad_(False), args.seed)
+                          base, args.seed)
     return lambda step: penalty(step) + rehearsal(step)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import causal_attention
+from model import cached_attention, causal_attention
 
 
 @dataclass
@@ -91,10 +91,7 @@ class LlamaAttention(nn.Module):
             y = causal_attention(q, *(t.repeat_interleave(self.group, 1) for t in (k, v)))
         else:
             k, v = cache.update(self.layer, k, v, pos)  # (B, nkv, used, hs)
-            mask = None
-            if not (cache.aligned and T == 1):  # as model.cached_attention: up to the own position
-                mask = torch.arange(k.shape[2], device=x.device) <= pos[:, None, :, None]
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+            y = cached_attention(q, k, v, pos, cache.aligned)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -25,6 +25,7 @@ from extras.machine import pick_device
 from extras.tables import markdown
 from extras.user_data import drop_long_items, item_from_row, load_items
 from model import generate
+from study.arms import ARMS, rate
 
 CONTEXT, LONGEST, EXAMPLES = 256, 192, 1600  # tokens of the model, of a row; rows to learn from
 STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, where all are compared
@@ -32,10 +33,10 @@ CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
 ITEMS, TEXT_ROWS, POOL = 60, 16, 1000  # evaluated; POOL: questions asked to find known ones
 SHOT = "Question: What is the capital of Italy?\nAnswer: Rome\n\n"  # before each question
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
-# Rates at which the models of `study compare` begin to learn; they fall with the width, 128 to 576
-SMALL = {("lora", 32): 2e-3, ("folora", 32): 2.8e-3, ("lora", 8): 4e-3, ("folora", 8): 1.1e-2,
-         ("sadam-full", 0): 7.1e-4, ("lora-kl", 32): 5.7e-3, ("replay", 32): 5.7e-3,
-         ("lora-null", 32): 2.8e-3}
+# {(method, rank): rate at which its arm begins in `study compare`}; rates fall with the width
+SMALL = {(arm.method, arm.rank): rate(arm.first) for arm in map(ARMS.get, (
+    "lora r32", "folora r32", "lora r8", "folora r8", "sadam-full", "lora-kl r32", "replay r32",
+    "lora-null r32"))}
 PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
            "Question: Ann has 3 boxes of 12 pens and gives away 5. How many are left?\nAnswer:",
            *map(tasks.TEMPLATE.format, ("Name three colours.", "Write a function that sorts."))]

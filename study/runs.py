@@ -239,7 +239,7 @@ def calibrate_on(name, options):
         mixture.ROWS = {"prose": 1}
     rng = random.Random(f"proxy {args.seed}")
     texts = [mixture.row(rng, config.block_size + 1)[1:] for _ in range(args.samples)]
-    calibrate.calibrate(args, {name: texts})
+    calibrate.calibrate(args, name, texts)
 
 
 def prepare(args):

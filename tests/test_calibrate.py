@@ -228,7 +228,7 @@ def test_texts_from_elsewhere_have_files_of_their_own(out):
     rows = [list((text[i:] + text * 9).encode()) for i in range(20)]  # longer than the context
     args = calibrate.parser().parse_args(
         f"--task code {CALIBRATE} --name calibration-x --out {out}".split())
-    calibrate.calibrate(args, {"elsewhere": rows})
+    calibrate.calibrate(args, "elsewhere", rows)
     proxy, x = saved(out / "proxy-x.pt"), saved(out / "code" / "calibration-x.pt")
     assert proxy["settings"]["source"] == x["settings"]["source"] == "elsewhere"
     assert proxy["samples"].tolist() == [row[:128] for row in rows]

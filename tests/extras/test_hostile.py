@@ -209,7 +209,7 @@ def readers(out):
             "calibration": (out / "code" / "calibration.pt",
                             lambda: load_calibration(args, model, foundation)),
             "proxy": (out / "proxy.pt", lambda: calibrate.proxy(
-                measure, model, foundation, None)),
+                measure, model, foundation)),
             "adapter": (adapter, lambda: load_adapter(adapter, out, "cpu"))}
 
 
