@@ -8,6 +8,7 @@ rate, so a method runs at three of them and is read off where its loss on unseen
 is that of the others. The most telling runs come first; each renews the tables OUT/pretrained.md.
 """
 import gzip
+import itertools
 import json
 import pathlib
 import random
@@ -37,6 +38,8 @@ TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbp
 SMALL = {(arm.method, arm.rank): rate(arm.first) for arm in map(ARMS.get, (
     "lora r32", "folora r32", "lora r8", "folora r8", "sadam-full", "lora-kl r32", "replay r32",
     "lora-null r32"))}
+MADE = ("sums", "copying")  # kinds of questions that are in no file
+WORDS = "river stone apple window garden silver music paper winter table horse letter".split()
 PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
            "Question: Ann has 3 boxes of 12 pens and gives away 5. How many are left?\nAnswer:",
            *map(tasks.TEMPLATE.format, ("Name three colours.", "Write a function that sorts."))]
@@ -55,7 +58,7 @@ class Run(NamedTuple):
 
     @property
     def rate(self):
-        return float(f"{SMALL[self.method, self.rank] * 128 / 576 * self.factor:.1e}")
+        return float(f"{SMALL[self.method, self.rank] * 96 / 576 * self.factor:.1e}")
 
 
 def plan():
@@ -67,8 +70,20 @@ def plan():
     return runs + [run._replace(seed=seed) for seed in (1, 2) for run in runs[:6]]
 
 
+def made_rows(name):
+    """Questions of arithmetic, or to copy words: what a model of this size can partly do."""
+    rng = random.Random(name)
+    while True:
+        a, b, words = rng.randrange(2, 50), rng.randrange(2, 50), " ".join(rng.sample(WORDS, 4))
+        yield ({"question": f"What is {a} + {b}?", "answer": f"{a + b}"} if name == "sums" else
+               {"question": f"Repeat these words: {words}", "answer": words})
+
+
 def rows_of(texts, name):
     """The rows of a .jsonl file, those of GSM8K and MBPP as they are learned here."""
+    if name in MADE:
+        yield from itertools.islice(made_rows(name), POOL // 5)
+        return
     for line in (pathlib.Path(texts) / f"{name}.jsonl").read_text("utf8").strip().split("\n"):
         row = json.loads(line)
         if name.startswith("gsm8k"):  # without <<48/2=24>>, a calculator's marks
@@ -107,12 +122,15 @@ def kept(model, paths, texts, out, identity):
     """({name: [Item]}, {name: text}) of what must be kept: a task, while another is learned."""
     encoding = tasks.get_encoding(model.config.encoding)
     items = {name: known_questions(model, encoding, name, texts, out, identity)
-             for name in ("trivia", "webquestions_test")}
+             for name in ("trivia", "webquestions_test", *MADE)}
     humaneval = [tasks.Item(row["prompt"], row["canonical_solution"].rstrip(), None)
                  for row in rows_of(texts, "humaneval")]
     items["humaneval"] = drop_long_items(humaneval, encoding, CONTEXT, True)[0][:ITEMS]
     for task, path in paths.items():
         items[task] = [replace(i, check=None) for i in load_items(str(path), "test", ITEMS)]
+    for name in [name for name, chosen in items.items() if not chosen]:
+        print(f"pretrained: {name}: none of its questions was answered right; left out")
+        del items[name]
     return items, {name: gzip.open(pathlib.Path(texts) / f"{name}.txt.gz", "rt", encoding="utf8")
                    .read(400_000) for name in ("wikitext2_test", "novels", "peps")}
 

@@ -29,7 +29,7 @@ from extras.baselines import kl_penalty
 from extras.machine import pick_device, set_precision
 from folora import forgetting_penalty
 from model import block_linears, merge_lora
-from study.arms import ARMS, TARGET, rate
+from study.arms import ARMS, EARLIER, TARGET, rate
 from study.variants import METHODS, TRICKS
 
 ITEMS, TEXT_TOKENS = 100, 8192  # items of each kind; of each held-out text
@@ -132,8 +132,8 @@ class Study:
         self.out, self.adapt = pathlib.Path(args.out), shlex.split(args.adapt)
         self.tasks, self.foundations, self.seeds = args.tasks, args.foundations, args.seeds
         self.arms, self.finished = args.arms, {}
-        self.curves = [Curve(task, arm, number, seed) for task in args.tasks for arm in args.arms
-                       for seed in args.seeds for number in range(args.foundations)]
+        self.curves = [Curve(task, arm, number, seed) for seed in args.seeds for arm in args.arms
+                       for number in range(args.foundations) for task in args.tasks]
 
     @functools.cache
     def foundation(self, number):
@@ -183,7 +183,7 @@ class Study:
 
     def along(self, curve):
         """({rate index: result}, the rate index that is missing or None) of a curve."""
-        found, first = {}, ARMS[curve.arm].first
+        found, first = {}, ARMS[curve.arm].first + EARLIER[curve.task]
         while True:
             scores = {k: target_score(result) for k, result in found.items()}
             k = next_rate(scores, first, TARGET[curve.task])
