@@ -161,8 +161,8 @@ class PretrainingMixture:
     """Rows of training tokens: a chunk of prose, a chunk of source, or short documents (facts and
     skills). Every document starts with <|endoftext|>: calibration samples the foundation from that
     token alone, and fine-tuning forgets what calibration never sees."""
-    ROWS = {"prose": 0.45, "source": 0.08, "short": 0.47}                       # shares of rows
-    DOCUMENTS = {"facts": 6, "lookup": 1, "sums": 3, "words": 2, "lambdas": 1}  # weights in "short"
+    ROWS = {"prose": 0.44, "source": 0.10, "short": 0.46}                       # shares of rows
+    DOCUMENTS = {"facts": 6, "lookup": 1, "sums": 4, "words": 2, "lambdas": 1}  # weights in "short"
 
     def __init__(self, encoding):
         self.encode, self.eot = encoding.encode_ordinary, encoding.eot_token

@@ -13,9 +13,10 @@ def markdown(head, rows):
 
 def spectrum_table(layers):
     """One row per layer of {name: {C_pre, C_task, ...}}: how many directions the base model uses,
-    and γ and the gate at the default τ, λ and s_min."""
-    rows = []
-    for name, moments in layers.items():
+    and γ and the gate at the default τ, λ and s_min. Of a large model the first and last four."""
+    rows, names = [], list(layers)
+    for name in names if len(names) <= 24 else names[:4] + names[-4:]:
+        moments = layers[name]
         m = solve_layer(*(moments[C].to(pick_device()) for C in ("C_pre", "C_task")))
         gate, eigvals, C = spectral_gate(m["eigvals"]), m["eigvals"], m["C_pre"]
         used = C.trace() ** 2 / (C * C).sum()  # participation ratio: d_in if all are used equally

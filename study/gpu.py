@@ -90,7 +90,7 @@ def speed_row(row):
 
 
 def quick_comparison(run):
-    micro = ["--tasks", "code", "--arms", "lora r8", "--workers", "2",
+    micro = ["--tasks", "code", "--arms", "lora r8", "--workers", "1",
              *(part for pair in MICRO.items() for part in pair)] if run.rehearse else []
     run("-m", "study", "compare", "--quick", "--out", run.out / "comparison", *micro)
     return json.loads((run.out / "comparison" / "results.json").read_text())
