@@ -41,7 +41,7 @@ PRETRAIN = {  # option: (default, help)
     "seed": (0, "of everything random")}
 ADAPT = {
     "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"),
-    "steps": (200, "optimizer steps"), "batch": (16, "items per step"),
+    "steps": (400, "optimizer steps"), "batch": (8, "items per step"),
     "examples": (2000, "training items"), "lam": (1.0, "λ of the gate γ/(γ + λ)"),
     "s_min": (0.3, "the smallest gate"),
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),

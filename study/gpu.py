@@ -97,7 +97,7 @@ def quick_comparison(run):
 
 
 def adapting(run, *launcher, options=()):
-    """What `timed_adapt` finds in 200 steps of FoLoRA in a process of its own."""
+    """What `timed_adapt` finds in 400 steps of FoLoRA in a process of its own."""
     if not (run.job / "code/calibration.pt").exists():
         speed_row("main-job")(run)
     path, micro = run.out / "timed.json", MICRO["--adapt"].split() if run.rehearse else []

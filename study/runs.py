@@ -151,9 +151,10 @@ class Study:
     def result(self, curve, k, do=False):
         """A run's result; without one, None, or it is done now unless another process is at it."""
         if (curve, k) not in self.finished:
-            path = train.run_folder(self.args(curve, k)) / "result.json"
-            foundation = self.foundation(curve.foundation)
-            found = files.cached_json(path, foundation.identity,
+            args, foundation = self.args(curve, k), self.foundation(curve.foundation)
+            path = train.run_folder(args) / "result.json"
+            settings = {key: getattr(args, key) for key in train.ADAPT}
+            found = files.cached_json(path, foundation.identity | settings,
                                       do and functools.partial(self.do, curve, k), wait=False)
             if not found:
                 return None
