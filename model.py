@@ -22,8 +22,8 @@ class GPTConfig:
     block_size: int = 128    # context, in tokens
     vocab_size: int = 257    # 256 bytes and <|endoftext|>
     n_layer: int = 4
-    n_head: int = 4
-    n_embd: int = 128
+    n_head: int = 3
+    n_embd: int = 96
     gelu: str = "none"       # exact; or GPT-2's "tanh", equal to 0.001, 4 times slower on a CPU
     encoding: str = "bytes"  # what a token is: see tasks.get_encoding
 

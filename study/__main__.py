@@ -4,6 +4,7 @@
     python -m study compare --quick    # four of them, on one task and one foundation
     python -m study ablate             # variants of FoLoRA, on math
     python -m study report --assets assets             # tables and pictures of what is finished
+    python -m study sequence           # three tasks, one after the other
     python -m study speed
     python -m study pretrained --texts FOLDER    # SmolLM2 on real tasks
     python -m study gpu --minutes 35   # what only a GPU can show
@@ -13,7 +14,7 @@ import os
 import tasks
 from extras.cli import Parser, add_common, command, nonneg_int, positive_int
 from extras.machine import rank_and_world, set_precision
-from study import gpu, pretrained, speed
+from study import gpu, pretrained, sequence, speed
 from study.arms import ABLATIONS, ARMS, METHODS, QUICK
 from study.report import report
 from study.runs import do_all
@@ -71,6 +72,7 @@ def parser():
     p.add_argument("--quick", action="store_true", help="3 rounds, smaller; no main job, no growth")
     p.add_argument("--json", metavar="FILE", help="for the values; default: OUT/speed.json")
     pretrained.add_command(commands)
+    sequence.add_command(commands)
     g = commands.add_parser("gpu", help="everything that only a GPU can show")
     g.set_defaults(run=gpu.gpu)
     g.add_argument("--minutes", type=positive_int, default=35, help="time for all steps together")

@@ -150,3 +150,26 @@ def test_pictures_need_matplotlib_or_are_written(out, tmp_path):
     else:
         command.main(report)
         assert {p.stem for p in tmp_path.glob("*.png")} == {"frontier", "rank"}
+
+
+def test_a_sequence_of_tasks(out, capfd):
+    """The second task is learned on what the first left; each at its curve's first rate that
+    reaches the target; nothing is done twice."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("study.sequence.TARGET", {"code": 0, "math": 0})
+        compare(out, "folora r32", more=["--tasks", "code", "math"])
+        call = ["sequence", "--arms", "folora r32", "--tasks", "code", "math", *STAGES[2:], "--out",
+                str(out)]
+        command.main(call)
+        stages = json.loads((out / "sequence-folora-r32-0.json").read_text())["stages"]
+        assert [stage["after"] for stage in stages] == ["code", "math"]
+        second = out / "sequence" / "folora-r32-0" / "1"
+        assert (second / "math" / "calibration.pt").exists()
+        written = {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")}
+        capfd.readouterr()
+        command.main(call)
+        assert {path: path.stat().st_mtime_ns for path in out.rglob("*.pt")} == written
+        assert capfd.readouterr().out.count("| folora r32 ") == 3
+        patch.setattr("study.sequence.TARGET", {"code": 101, "math": 0})
+        with pytest.raises(ValueError, match="reaches 101 on code at no rate.* run compare"):
+            command.main([*call, "--adapt", f"{STAGES[-1]} --seed 1"])

@@ -1,0 +1,89 @@
+"""A sequence of tasks: each is learned on the model that the last one left, which is calibrated
+anew. What is left of the first, and of the foundation, after the third?
+
+    python -m study sequence --arms "lora r8" "folora r32"    # after `compare` of the same arms
+"""
+import argparse
+import pathlib
+import shlex
+
+import calibrate
+import tasks
+import train
+from eval import score_items
+from extras.cli import add_common, positive_int
+from extras.files import cached_json, load_adapter, load_foundation, save
+from extras.machine import pick_device
+from extras.tables import markdown
+from extras.user_data import load_items
+from study import runs
+from study.arms import ARMS, TARGET
+from study.runs import Curve, Study, target_score
+from study.variants import METHODS
+
+KEPT = ("facts", "lookup", "words")  # what none of the three tasks uses
+
+
+def scores(model):
+    """{task or kind: percent right on test items}."""
+    items = {**{task: load_items(task, "test", runs.ITEMS) for task in tasks.TASKS},
+             **{kind: tasks.kept_items(kind, "test", runs.ITEMS) for kind in KEPT}}
+    return {name: score_items(model, chosen)["score"] for name, chosen in items.items()}
+
+
+def first_rate(study, curve):
+    """The lowest rate of a finished curve that reaches the task's target."""
+    for k, result in sorted(study.along(curve)[0].items()):
+        if target_score(result) >= TARGET[curve.task]:
+            return k
+    raise ValueError(f"{curve.arm} reaches {TARGET[curve.task]} on {curve.task} at no rate that "
+                     f"was run on foundation {curve.foundation}; run compare with this arm first")
+
+
+def learn_all(study, arm, number, options):
+    """[{"after": task, **scores}]: the tasks one after the other."""
+    found, out = [], study.out / f"foundation{number}"
+    for place, task in enumerate(study.tasks, 1):
+        curve = Curve(task, arm, number, study.seeds[0])
+        args = vars(study.args(curve, first_rate(study, curve)))
+        args = argparse.Namespace(**{**args, "out": str(out)})
+        if METHODS[args.method].needs_calibration:
+            calibrate.main(["--task", task, "--out", args.out, *options])
+        model = load_adapter(train.adapt(args, METHODS), out, pick_device())
+        found.append({"after": task, **scores(model)})
+        out = study.out / "sequence" / f"{arm} {number}".replace(" ", "-") / f"{place}"
+        out.mkdir(parents=True, exist_ok=True)
+        save(out / "foundation.pt", {"kind": "foundation", "model": model.state_dict(),
+                                     "settings": {"config": vars(model.config)}})
+    return found
+
+
+def sequence(args):
+    """Do what is missing, print the table, and write it to OUT/sequence.md."""
+    study, rows = Study(args), []
+    for arm in args.arms:
+        for number in range(args.foundations):
+            model, identity = load_foundation(study.out / f"foundation{number}", pick_device())
+            path = study.out / f"sequence-{arm}-{number}.json".replace(" ", "-")
+            found = cached_json(path, {"foundation": identity, "settings": [args.tasks, args.adapt]}, lambda: {
+                "before": scores(model),
+                "stages": learn_all(study, arm, number, shlex.split(args.calibrate))})
+            for stage in [{"after": "-", **found["before"]}, *found["stages"]]:
+                after, *values = stage.values()
+                rows.append([arm, f"{number}", after, *(f"{value:.0f}" for value in values)])
+    text = markdown(["arm", "foundation", "after", *tasks.TASKS, *KEPT], rows)
+    pathlib.Path(args.out, "sequence.md").write_text(f"{text}\n")
+    print(text)
+
+
+def add_command(commands):
+    p = commands.add_parser("sequence", help="three tasks, one after the other")
+    p.set_defaults(run=sequence, seeds=[1])
+    p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=["lora r8", "folora r32"],
+                   metavar="ARM", help="see study/arms.py")
+    p.add_argument("--foundations", type=positive_int, default=1,
+                   help="how many of those that compare has made")
+    for stage in "calibrate", "adapt":
+        p.add_argument(f"--{stage}", default="", metavar="OPTIONS", help="as for compare")
+    add_common(p)
