@@ -84,36 +84,37 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
     """`count` samples that pass the filters, as token lists without <|endoftext|>.
 
     Several processes sample with seeds of their own, and all accept the same texts. ValueError if
-    fewer than `count` of 4 count + batch tries pass.
+    fewer than `count` of 5 count tries pass.
     """
     device = model.lm_head.weight.device
     rank, world = rank_and_world()
     generator = torch.Generator(device).manual_seed(seed + 10 ** 6 * rank)
     rng = random.Random(f"decoding {seed + 10 ** 6 * rank}")
     accepted, rejected, seen, tries = [], collections.Counter(), set(), 0
-    row = 2 * model.config.n_layer * math.prod(model.config.kv_shape) * (max_new + 1)
     if device.type == "cpu":  # keys and values of at most 1 GB
+        row = 2 * model.config.n_layer * math.prod(model.config.kv_shape) * (max_new + 1)
         batch = max(1, min(batch, 2 ** 28 // row))
-    batch = -(-min(batch, count) // world)  # texts at a time
     progress = Progress("sampling", count)
 
     def tick(new):
-        progress(min(count, len(accepted) + batch * world * new / max_new))
+        progress(min(count, len(accepted) + rows * world * new / max_new))
 
     while len(accepted) < count:
-        if tries >= 4 * count + batch * world:
+        missing = count - len(accepted)  # so many at a time, and a few for those rejected
+        rows = math.ceil(min(batch, 1.1 * missing) / world)
+        if tries >= 5 * count:
             raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in "
                              f"{tries} tries (rejected: {dict(rejected)}); ask for fewer with "
                              "--samples, loosen the filters, or train the foundation longer")
-        decoding = draw_decoding(rng, batch, model)
-        new = generate(model, [[eot]] * batch, max_new, [eot], decoding, min_new, generator, tick)
+        decoding = draw_decoding(rng, rows, model)
+        new = generate(model, [[eot]] * rows, max_new, [eot], decoding, min_new, generator, tick)
         for tokens in all_gather(new):
             reason = rejection(tokens, seen, limits)
             if reason:
                 rejected[reason] += 1
             else:
                 accepted.append(tokens)
-        tries += batch * world
+        tries += rows * world
     print(f"  accepted {count} samples, rejected {sum(rejected.values())} {dict(rejected) or ''}")
     return accepted[:count]
 

@@ -6,7 +6,7 @@ from study.arms import ARMS, TARGET
 from study.runs import Curve
 
 LOOKS = {"lora r8": ("#000000", "X"), "folora r8": ("#56B4E9", "o"), "folora r32": ("#0072B2", "s"),
-         "lora-kl r8": ("#D55E00", "P"), "sadam-full": ("#CC79A7", "*")}
+         "lora-kl r32": ("#D55E00", "P"), "sadam-full": ("#CC79A7", "*")}
 
 
 def pyplot():

@@ -65,7 +65,8 @@ def sequence(args):
         for number in range(args.foundations):
             model, identity = load_foundation(study.out / f"foundation{number}", pick_device())
             path = study.out / f"sequence-{arm}-{number}.json".replace(" ", "-")
-            found = cached_json(path, {"foundation": identity, "settings": [args.tasks, args.adapt]}, lambda: {
+            identity = {"foundation": identity, "settings": [args.tasks, args.adapt]}
+            found = cached_json(path, identity, lambda: {
                 "before": scores(model),
                 "stages": learn_all(study, arm, number, shlex.split(args.calibrate))})
             for stage in [{"after": "-", **found["before"]}, *found["stages"]]:

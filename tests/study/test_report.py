@@ -43,12 +43,12 @@ def test_interpolation_stays_between_its_points(t0, t1, y0, y1, target):
 
 class Imagined:
     """{(arm, foundation, seed): {rate index: result}}, all curves finished unless listed."""
-    foundations, seeds, tasks = 3, (1, 2), ("math",)
+    foundations, seeds, tasks = 3, (1, 2), ("code",)
 
     def __init__(self, curves, unfinished=()):
         self.curves, self.unfinished = curves, unfinished
         self.arms = list(dict.fromkeys(arm for arm, *_ in curves))
-        self.finished = {(Curve("math", *key), k): r
+        self.finished = {(Curve("code", *key), k): r
                          for key, found in curves.items() for k, r in found.items()}
 
     def along(self, curve):
@@ -72,21 +72,21 @@ def imagined(**more):
 
 def test_seeds_are_averaged_within_a_foundation_first():
     study = imagined()
-    assert report.values(study, "math", "folora r32")["kept"] == [91, 81, 71]
-    assert report.values(study, "math", "lora r8")["kept"] == [None, 40.5, 35.5]
-    assert report.values(study, "math", "lora r8")["facts not sampled"] == [None] * 3
+    assert report.values(study, "code", "folora r32")["kept"] == [91, 81, 71]
+    assert report.values(study, "code", "lora r8")["kept"] == [None, 40.5, 35.5]
+    assert report.values(study, "code", "lora r8")["facts not sampled"] == [None] * 3
 
 
 def test_an_arm_is_reported_when_all_its_curves_are_finished():
     study = imagined(unfinished=[("lora r8", 2, 1)])
-    assert report.values(study, "math", "lora r8") == {}
-    text, stored = report.of_task(study, "math")
+    assert report.values(study, "code", "lora r8") == {}
+    text, stored = report.of_task(study, "code")
     assert "| lora r8 " not in text and list(stored["arms"]) == ["folora r32"]
 
 
 def test_the_table_by_hand():
     """91, 81, 71: 81 ± 4.303 · 10/√3. lora's pairs differ by -40.5 and -35.5: t = 15.2, df 1."""
-    lines = report.of_task(imagined(), "math")[0].splitlines()
+    lines = report.of_task(imagined(), "code")[0].splitlines()
     first, second = (line.split(" | ") for line in lines[4:6])
     assert [cell.strip() for cell in first[1:3]] == ["91 / 81 / 71", "81.0 ±24.8 (3)"]
     assert "- / 40 / 36" in second[1] and second[2].strip() == "38.0 ±31.8 (2 of 3)"
@@ -96,6 +96,6 @@ def test_the_table_by_hand():
 
 def test_correlations_over_all_runs():
     """Here drift and KL are what is lost, exactly; size is constant."""
-    found, runs = report.correlations(imagined(), "math")
+    found, runs = report.correlations(imagined(), "code")
     assert runs == 12 and found["kl"][0] == pytest.approx(-1) and found["size"] == (None, None)
     assert found["drift"][1] == pytest.approx(-1)
