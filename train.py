@@ -47,7 +47,8 @@ ADAPT = {
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
     "mu": (5.0, "μ of the KL penalty, for methods that have one"),
     "rehearsal": (1.0, "weight of the loss on base-model samples, for methods that have one"),
-    "basis_dtype": ("float32", "of SAdam's bases; bfloat16 takes half the memory"),
+    "basis_dtype": ("float32", "of SAdam's bases; bfloat16 takes half the memory",
+                    ("float32", "bfloat16")),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
     "seed": (0, "of everything random")}
 
@@ -282,7 +283,7 @@ def task_batches(args, items, config):
 
 def run_folder(args):
     """out/<task>/<method>-lr<lr>-seed<seed>, followed by the options not at their default."""
-    others = [f"-{key}{getattr(args, key)}" for key, (default, _) in ADAPT.items()
+    others = [f"-{key}{getattr(args, key)}" for key, (default, *_) in ADAPT.items()
               if getattr(args, key) != default and key != "seed"]
     name = "".join([f"{args.method}-lr{args.lr:g}-seed{args.seed}", *others])
     return task_folder(args) / name.replace("_", "")

@@ -65,12 +65,12 @@ positive_int, nonneg_int, nonneg_float = number(int, 1), number(int, 0), number(
 
 
 def add_options(p, options, positives=()):
-    """An option for each entry of {name: (default, help)}."""
+    """An option for each entry of {name: (default, help)} or (default, help, all its values)."""
     kinds = {int: nonneg_int, float: nonneg_float, str: str}
-    for key, (default, text) in options.items():
+    for key, (default, text, *values) in options.items():
         kind = positive_int if key in positives else kinds[type(default)]
         p.add_argument(f"--{key.replace('_', '-')}", type=kind, default=default, help=text,
-                       choices=("float32", "bfloat16") if key.endswith("dtype") else None)
+                       choices=values[0] if values else None)
 
 
 def add_task(p):
