@@ -198,9 +198,9 @@ def test_a_stage_whose_settings_changed_is_done_again(out, capsys):
     for method in "lora", "folora":
         adapt(f"--method {method}", out)
     printed = capsys.readouterr().out
-    for file in "foundation.pt", "proxy.pt", f"lora-lr0.008-seed0{FOLDER}/adapter.pt":
+    for file in "foundation.pt", "proxy.pt", f"lora-lr0.0057-seed0{FOLDER}/adapter.pt":
         assert f"{file} is up to date" in printed
-    for file in "calibration.pt", f"folora-lr0.008-seed0{FOLDER}/adapter.pt":
+    for file in "calibration.pt", f"folora-lr0.0057-seed0{FOLDER}/adapter.pt":
         assert f"{file} written" in printed
 
 
@@ -261,7 +261,7 @@ def test_a_run_is_named_by_what_is_not_at_its_default():
 def test_earlier_names_of_methods_are_accepted(out, capsys):
     """The run is the method's: its folder, its default rate, its settings."""
     path = train.main(f"adapt --task code --method folora-kl {ADAPT} --out {out}".split())
-    assert path.parent.name == f"lora-kl-leading-lr0.016-seed0{FOLDER}"
+    assert path.parent.name == f"lora-kl-leading-lr0.011-seed0{FOLDER}"
     assert adapter(path)["settings"]["method"] == "lora-kl-leading"
     train.main(f"adapt --task code --method lora-kl-leading {ADAPT} --out {out}".split())
     assert f"{path} is up to date" in capsys.readouterr().out
