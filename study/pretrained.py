@@ -26,18 +26,17 @@ from extras.machine import pick_device
 from extras.tables import markdown
 from extras.user_data import drop_long_items, item_from_row, load_items
 from model import generate
-from study.arms import ARMS, rate
+from study.arms import rate
 
 CONTEXT, LONGEST, EXAMPLES = 256, 192, 1600  # tokens of the model, of a row; rows to learn from
 STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, where all are compared
 CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
-ITEMS, TEXT_ROWS, POOL = 60, 16, 1000  # evaluated; POOL: questions asked to find known ones
-SHOT = "Question: What is the capital of Italy?\nAnswer: Rome\n\n"  # before each question
+ITEMS, TEXT_ROWS = 60, 16  # evaluated
+POOL, SHOTS = 600, 3       # questions asked to find known ones, each after examples of its kind
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
-# {(method, rank): rate at which its arm begins in `study compare`}; rates fall with the width
-SMALL = {(arm.method, arm.rank): rate(arm.first) for arm in map(ARMS.get, (
-    "lora r32", "folora r32", "lora r8", "folora r8", "sadam-full", "lora-kl r32", "replay r32",
-    "lora-null r32"))}
+# {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
+SMALL = {("lora", 32): 4, ("folora", 32): 3, ("lora", 8): 6, ("folora", 8): 6, ("sadam-full", 0): -1,
+         ("lora-kl", 32): 5, ("replay", 32): 5, ("lora-null", 32): 3}
 MADE = ("sums", "copying")  # kinds of questions that are in no file
 WORDS = "river stone apple window garden silver music paper winter table horse letter".split()
 PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
@@ -58,7 +57,7 @@ class Run(NamedTuple):
 
     @property
     def rate(self):
-        return float(f"{SMALL[self.method, self.rank] * 96 / 576 * self.factor:.1e}")
+        return float(f"{rate(SMALL[self.method, self.rank]) * 96 / 576 * self.factor:.1e}")
 
 
 def plan():
@@ -82,7 +81,7 @@ def made_rows(name):
 def rows_of(texts, name):
     """The rows of a .jsonl file, those of GSM8K and MBPP as they are learned here."""
     if name in MADE:
-        yield from itertools.islice(made_rows(name), POOL // 5)
+        yield from itertools.islice(made_rows(name), POOL // 3)
         return
     for line in (pathlib.Path(texts) / f"{name}.jsonl").read_text("utf8").strip().split("\n"):
         row = json.loads(line)
@@ -105,15 +104,20 @@ def write_tasks(texts, out, encoding):
 
 
 def known_questions(model, encoding, name, texts, out, identity):
-    """Up to 2 ITEMS of POOL questions that the model answers right; answers have 1 to 5 tokens."""
-    items = [replace(item, prompt=SHOT + item.prompt)
-             for item in map(item_from_row, rows_of(texts, name))
-             if len(encoding.encode_ordinary(item.answer)) <= 5]
-    items = random.Random(name).sample(items, min(POOL, len(items)))
+    """Up to 2 ITEMS of POOL questions, answers of 1 to 5 tokens, that the model answers right."""
+    def tokens(text):
+        return len(encoding.encode_ordinary(text))
+
+    items = [item for item in map(item_from_row, rows_of(texts, name))
+             if tokens(item.answer) <= 5 and tokens(item.prompt) <= 40]
+    chosen = random.Random(name).sample(items, min(POOL + SHOTS, len(items)))
+    examples = "".join(f"{item.prompt}{item.answer}\n\n" for item in chosen[:SHOTS])
+    items = [replace(item, prompt=examples + item.prompt) for item in chosen[SHOTS:]]
 
     def ask():
         given = evaluation.answers(model, items, 100)
-        return {"right": [i for i, item in enumerate(items) if item.check(given[i])]}
+        return {"right": [i for i, item in enumerate(items) if item.check(given[i])],
+                "asked": len(items)}
     right = cached_json(out / f"known-{name}.json", identity, ask)["right"]
     return [items[i] for i in right[:2 * ITEMS]]
 
@@ -174,7 +178,7 @@ def pretrained(args):
                 "--out", args.out])
     model, weights = load_foundation(out, pick_device())
     paths = write_tasks(args.texts, out, tasks.get_encoding(model.config.encoding))
-    identity = {"foundation": weights, "settings": [STEPS, BATCH, *CALIBRATE, SHOT]}
+    identity = {"foundation": weights, "settings": [STEPS, BATCH, *CALIBRATE, SHOTS, POOL]}
     items, texts = kept(model, paths, args.texts, out, identity)
     before = cached_json(out / "before.json", identity, lambda: measure(model, items, texts))
     del model

@@ -16,7 +16,7 @@ def test_the_plan_begins_with_what_tells_most_and_repeats_nothing():
     assert [(run.task, run.arm) for run in runs[:2]] == [("gsm8k", "lora r32, seed 0"),
                                                          ("gsm8k", "folora r32, seed 0")]
     assert len(set(runs)) == len(runs) == 3 * 3 * 8 + 2 * 6
-    assert Run("mbpp", "lora", 32, 2).rate == 8.9e-4  # 2 x 2e-3 x 128 / 576
+    assert Run("mbpp", "lora", 32, 2).rate == 1.3e-3  # 2 x 4e-3 x 96 / 576
 
 
 def test_a_value_is_read_where_the_loss_first_passes():
