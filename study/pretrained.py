@@ -35,8 +35,8 @@ ITEMS, TEXT_ROWS = 60, 16  # evaluated
 POOL, SHOTS = 600, 3       # questions asked to find known ones, each after examples of its kind
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
-SMALL = {("lora", 32): 4, ("folora", 32): 3, ("lora", 8): 6, ("folora", 8): 6, ("sadam-full", 0): -1,
-         ("lora-kl", 32): 5, ("replay", 32): 5, ("lora-null", 32): 3}
+SMALL = {("lora", 32): 4, ("folora", 32): 3, ("lora", 8): 6, ("folora", 8): 6,
+         ("sadam-full", 0): -1, ("lora-kl", 32): 5, ("replay", 32): 5, ("lora-null", 32): 3}
 MADE = ("sums", "copying")  # kinds of questions that are in no file
 WORDS = "river stone apple window garden silver music paper winter table horse letter".split()
 PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
