@@ -180,7 +180,7 @@ def test_the_same_job_twice_gives_the_same_files(tmp_path, monkeypatch):
 def test_a_method_may_have_an_earlier_name(job, capsys):
     results = main_job(job, "--task", "code", "--methods", "folora-top")
     assert list(results) == ["foundation", "folora-leading"]
-    assert f"folora-leading-lr0.011-seed0{FOLDER}/adapter.pt is up to date" in capsys.readouterr().out
+    assert f"folora-leading-lr0.008-seed0{FOLDER}/adapter.pt is up to date" in capsys.readouterr().out
 
 
 def test_scores_are_made_again_when_weights_items_or_split_change(job, monkeypatch):

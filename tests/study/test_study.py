@@ -8,10 +8,11 @@ import train
 from micro import STAGES, one_mixture  # noqa: F401
 from model import block_linears
 from study import __main__ as command, runs
-from study.arms import ABLATIONS, ARMS, METHODS
+from study.arms import ABLATIONS, ARMS, EARLIER, METHODS
 from study.runs import Curve, Study
 from study.variants import METHODS as WITH_VARIANTS, TRICKS
 
+FIRST = ARMS["lora r8"].first + EARLIER["code"]  # where that arm's curve begins
 TINY = ["--foundations", "1", "--tasks", "code", *STAGES]  # their rank of 2 replaces the arms'
 
 
@@ -60,22 +61,22 @@ def test_comparison_leaves_a_result_for_every_run_and_repeats_none(out, capfd):
 def test_an_interrupted_study_continues_with_the_same_result(out):
     """A run whose result is missing is done again, whatever else its folder holds."""
     study, curve = open_study(out, "lora r8"), Curve("code", "lora r8", 0, 1)
-    first = study.result(curve, 4)
-    folder = train.run_folder(study.args(curve, 4))
+    first = study.result(curve, FIRST)
+    folder = train.run_folder(study.args(curve, FIRST))
     (folder / "result.json").unlink()
     (folder / "adapter.pt").write_bytes(b"half")
     compare(out, "lora r8")
-    again = open_study(out, "lora r8").result(curve, 4)
+    again = open_study(out, "lora r8").result(curve, FIRST)
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
 
 
 def test_another_foundation_or_calibration_is_another_result(out):
     study, curve = open_study(out, "lora r8"), Curve("code", "lora r8", 0, 1)
-    assert study.result(curve, 4)
+    assert study.result(curve, FIRST)
     for key in study.foundation(0).identity:
         changed = open_study(out, "lora r8")
         changed.foundation(0).identity[key] = "another"
-        assert changed.result(curve, 4) is None
+        assert changed.result(curve, FIRST) is None
 
 
 def test_two_workers_share_the_runs(out, tmp_path, capfd):
