@@ -97,7 +97,7 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
     progress = Progress("sampling", count)
 
     def tick(new):
-        progress(min(count, len(accepted) + rows * world * new / max_new))
+        progress(min(count - 1, len(accepted) + rows * world * new / max_new))
 
     while len(accepted) < count:
         missing = count - len(accepted)  # so many at a time, and a few for those rejected
@@ -115,6 +115,7 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
             else:
                 accepted.append(tokens)
         tries += rows * world
+    progress(count)
     print(f"  accepted {count} samples, rejected {sum(rejected.values())} {dict(rejected) or ''}")
     return accepted[:count]
 

@@ -278,3 +278,11 @@ def test_own_samples_stand_for_the_data(vocabulary, length, alpha, eta, seed):
         P, Q = (math.prod(d[text[:t]][text[t]].item() for t in range(length)) for d in (data, model))
         kl += P * math.log(P / Q) if P else 0
     assert -1e-12 <= kl <= length * (-math.log(1 - alpha) + 2 * eta) + 1e-12
+
+
+def test_sampling_is_finished_once(monkeypatch):
+    """Also where more is drawn than is missing, since some are rejected."""
+    told = []
+    monkeypatch.setattr(calibrate, "Progress", lambda title, total: told.append)
+    calibrate.sample_proxy(tiny_model(), 30, 0, LIMITS, 3, 10, batch=20)
+    assert told[-1] == 30 and max(told[:-1]) < 30
