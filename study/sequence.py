@@ -3,8 +3,7 @@ anew. What is left of the first, and of the foundation, after the third?
 
     python -m study sequence --arms "lora r8" "folora r32"    # after `compare` of the same arms
 """
-import argparse
-import pathlib
+import copy
 import shlex
 
 import calibrate
@@ -12,7 +11,7 @@ import tasks
 import train
 from eval import score_items
 from extras.cli import add_common, positive_int
-from extras.files import cached_json, load_adapter, load_foundation, save
+from extras.files import atomic_write, cached_json, load_adapter, save
 from extras.machine import pick_device
 from extras.tables import markdown
 from extras.user_data import load_items
@@ -45,8 +44,8 @@ def learn_all(study, arm, number, options):
     found, out = [], study.out / f"foundation{number}"
     for place, task in enumerate(study.tasks, 1):
         curve = Curve(task, arm, number, study.seeds[0])
-        args = vars(study.args(curve, first_rate(study, curve)))
-        args = argparse.Namespace(**{**args, "out": str(out)})
+        args = copy.copy(study.args(curve, first_rate(study, curve)))
+        args.out = str(out)
         if METHODS[args.method].needs_calibration:
             calibrate.main(["--task", task, "--out", args.out, *options])
         model = load_adapter(train.adapt(args, METHODS), out, pick_device())
@@ -63,17 +62,17 @@ def sequence(args):
     study, rows = Study(args), []
     for arm in args.arms:
         for number in range(args.foundations):
-            model, identity = load_foundation(study.out / f"foundation{number}", pick_device())
+            foundation = study.foundation(number)
             path = study.out / f"sequence-{arm}-{number}.json".replace(" ", "-")
-            identity = {"foundation": identity, "settings": [args.tasks, args.adapt]}
-            found = cached_json(path, identity, lambda: {
-                "before": scores(model),
+            identity = {"settings": [args.tasks, args.calibrate, args.adapt]}
+            found = cached_json(path, foundation.identity | identity, lambda: {
+                "before": scores(foundation.model),
                 "stages": learn_all(study, arm, number, shlex.split(args.calibrate))})
             for stage in [{"after": "-", **found["before"]}, *found["stages"]]:
                 after, *values = stage.values()
                 rows.append([arm, f"{number}", after, *(f"{value:.0f}" for value in values)])
     text = markdown(["arm", "foundation", "after", *tasks.TASKS, *KEPT], rows)
-    pathlib.Path(args.out, "sequence.md").write_text(f"{text}\n")
+    atomic_write(study.out / "sequence.md", lambda f: f.write(f"{text}\n".encode()))
     print(text)
 
 
