@@ -159,7 +159,7 @@ def proxy(args, model, foundation, source="own", texts=None):
     def build():
         print(f"proxy: {args.samples} samples, source: {source}")
         chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
-                                         args.min_new, args.max_new or length, args.seed)
+                                       args.min_new, args.max_new or length, args.seed)
         chosen = [tokens[:length] for tokens in chosen]
         for tokens in chosen[:4]:
             print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))

@@ -3,7 +3,7 @@ from typing import NamedTuple
 
 # Percent right on test items at which the arms are compared, fixed before the runs reported
 TARGET = {"math": 70, "code": 80, "instruct": 70}
-# Where a task's curves begin, in steps of the rate's grid above those of math
+# Where a task's curves begin, counted in the rate's grid from those of math
 EARLIER = {"math": 0, "code": -3, "instruct": -1}
 
 
@@ -24,9 +24,10 @@ def rate(k):
     return float(f"{1e-3 * 2 ** (k / 2):.1e}")
 
 
-# The most telling come first; the first of a group is its reference.
+FOLORA = Arm("folora", 32, 2)  # the reference, which is the first of its group
+# The most telling come first
 METHODS = [
-    Arm("folora", 32, 2), Arm("lora", 8, 5), Arm("folora", 8, 5), Arm("lora", 32, 3),
+    FOLORA, Arm("lora", 8, 5), Arm("folora", 8, 5), Arm("lora", 32, 3),
     Arm("sadam-full", 0, -2), Arm("lora-kl", 32, 3), Arm("full", 0, -3), Arm("replay", 32, 3),
     Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6), Arm("replay", 8, 5), Arm("distill", 32, 3),
     Arm("replay", 32, 3, "--rehearsal 4"), Arm("wise-ft-0.5", 8, 6), Arm("folora", 64, 0),
@@ -39,18 +40,18 @@ ABLATIONS = {
         Arm(method, rank, first) for rank, first in ((32, 2), (8, 5)) for method in
         ("folora", "null-adam", "null-ungated", "null-even-gate", "null-penalty-only",
          "null-utility-only")],
-    "start": [Arm("folora", 32, 2), Arm("folora-leading", 32, 2), Arm("kaiming-sadam", 32, 2)],
-    "strength": [Arm("folora", 32, 2),
-                 *(Arm("folora", 32, 2, f"--{option}") for option in
+    "start": [FOLORA, Arm("folora-leading", 32, 2), Arm("kaiming-sadam", 32, 2)],
+    "strength": [FOLORA,
+                 *(FOLORA._replace(options=f"--{option}") for option in
                    ("lam 0.1", "lam 10", "s-min 0", "s-min 0.1", "tau 0.001", "tau 0.1"))],
-    "twice the steps": [Arm("folora", 32, 2), Arm("folora", 32, 0, "--steps 800"),
+    "twice the steps": [FOLORA, Arm("folora", 32, 0, "--steps 800"),
                         Arm("folora", 8, 3, "--steps 800"), Arm("lora", 8, 3, "--steps 800"),
                         Arm("sadam-full", 0, -4, "--steps 800")],
-    "calibration": [Arm("folora", 32, 2),
-                    *(Arm("folora", 32, 2, f"--calibration calibration-{name}")
+    "calibration": [FOLORA,
+                    *(FOLORA._replace(options=f"--calibration calibration-{name}")
                       for name in ("true", "prose", "16"))],
     "an adapter that keeps as much": [
-        Arm("folora", 32, 2),
+        FOLORA,
         *(Arm(f"folora-{trick}", rank, first + more) for rank, first in ((32, 2), (8, 5))
           for trick, more in (("b-half", 1), ("b-quarter", 1), ("b-eighth", 2), ("average", 0),
                               ("tangent", 2), ("pull-back", 1))),
