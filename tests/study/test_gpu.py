@@ -6,7 +6,6 @@ import subprocess
 import time
 
 import pytest
-import torch
 
 import calibrate
 import train
@@ -48,7 +47,6 @@ def test_every_step_is_rehearsed(tmp_path, monkeypatch, capfd):
     """And a second call finds nothing to do. Of the tests for a GPU the slowest are left out: the
     suite runs their CPU variants anyway."""
     monkeypatch.setattr(gpu.Runner, "__call__", run_inside)
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)  # would stay for other tests
     monkeypatch.setitem(speed.ROWS, "main-job", (main_job_inside, speed.ROWS["main-job"][1]))
     monkeypatch.setenv("PYTEST_ADDOPTS", "--deselect tests/test_cuda.py::test_loss_curve "
                        "--deselect tests/test_cuda.py::test_resumed_from_a_saved_state")

@@ -31,9 +31,7 @@ def short_curves():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "REACH", 1)
         patch.setattr(runs, "ITEMS", 8)
-        threads = torch.get_num_threads()
         yield
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
