@@ -26,11 +26,11 @@ import tasks
 from extras.cli import Parser, add_common, add_options, add_task, command
 from extras.files import build_if_stale, load_foundation, load_measured, task_folder
 from extras.machine import Progress, all_gather, pick_device, rank_and_world, set_precision
-from extras.moments import batches_of, gradient_moments, means_of
+from extras.moments import batches_of, forward_hooks, gradient_moments, means_of
 from extras.tables import spectrum_table
 from extras.user_data import load_items
 from folora import SecondMoment
-from model import block_linears, forward_hooks, generate, input_twin
+from model import block_linears, generate, input_twin
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -80,8 +80,9 @@ def draw_decoding(rng, rows, model):
     return temperature, top_p, torch.where(top_k == 0, model.config.vocab_size, top_k)
 
 
-def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250):
-    """`count` samples that pass the filters, as token lists without <|endoftext|>.
+def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250, starts=((),)):
+    """`count` samples that pass the filters, as token lists without <|endoftext|>, after which they
+    begin with `starts` (token lists) in turn.
 
     Several processes sample with seeds of their own, and all accept the same texts. ValueError if
     fewer than `count` of 5 count tries pass.
@@ -107,8 +108,10 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250)
                              f"{tries} tries (rejected: {dict(rejected)}); ask for fewer with "
                              "--samples, loosen the filters, or train the foundation longer")
         decoding = draw_decoding(rng, rows, model)
-        new = generate(model, [[eot]] * rows, max_new, [eot], decoding, min_new, generator, tick)
-        for tokens in all_gather(new):
+        begun = [[*starts[i % len(starts)]] for i in range(rows)]
+        new = generate(model, [[eot, *start] for start in begun], max_new, [eot], decoding, min_new,
+                       generator, tick)
+        for tokens in all_gather([start + tokens for start, tokens in zip(begun, new)]):
             reason = rejection(tokens, seen, limits)
             if reason:
                 rejected[reason] += 1
@@ -150,16 +153,18 @@ def proxy(args, model, foundation, source="own", texts=None):
     """What out/proxy.pt holds, built unless it is up to date: "samples" (N, longest) int32, padded
     with -1; "C_pre" {layer: (d_in, d_in)}; "S_pre" {layer: (d_out, d_out)}."""
     encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
-    settings = dict(foundation=foundation, source=source,
+    settings = dict(foundation=foundation, source=source + str(args.begin) * any(args.begin),
                     limits={key: getattr(args, key) for key in FILTERS},
                     **{key: getattr(args, key) for key in
                        ("samples", "fisher_samples", "min_new", "max_new", "seed")})
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
+    starts = [encoding.encode_ordinary(text) for text in args.begin]
 
     def build():
-        print(f"proxy: {args.samples} samples, source: {source}")
+        print(f"proxy: {args.samples} samples, source: {settings['source']}")
         chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
-                                       args.min_new, args.max_new or length, args.seed)
+                                       args.min_new, args.max_new or length - max(map(len, starts)),
+                                       args.seed, starts=starts)
         chosen = [tokens[:length] for tokens in chosen]
         for tokens in chosen[:4]:
             print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))
@@ -215,6 +220,9 @@ def parser():
         "min_new": (32, "a sample cannot end before this many tokens"),
         "max_new": (0, "most tokens of a sample; 0: the model's context"),
         "seed": (0, "of everything random"), **FILTERS}, ("samples", "fisher_samples", "queries"))
+    p.add_argument("--begin", metavar="TEXT", nargs="+", default=[""],
+                   help='what the samples begin with, in turn; with "" "Question:" every second '
+                        "one is a question, and so what answers questions is protected too")
     p.add_argument("--moments-device", choices=["cpu"],
                    help="keep the sums of all layers' moments in host memory, and one layer's at a "
                         "time on the GPU; default: on the GPU")

@@ -34,7 +34,7 @@ ITEMS = 100                                      # of each kind, at most
 # ------------------------------------------------------------------------------------------------
 # Scores
 
-def answers(model, items, batch=200):
+def answers(model, items, batch=100):
     """The model's greedy answer to each item, up to the end of its line if no answer has more."""
     encoding, outputs = tasks.get_encoding(model.config.encoding), [None] * len(items)
     stop = [encoding.eot_token]

@@ -8,7 +8,6 @@ Shapes: B rows of a batch, T tokens, C = n_embd, nh heads of hs = C / nh channel
 Sources: GPT-2, https://github.com/openai/gpt-2/blob/master/src/model.py; nanoGPT,
 https://github.com/karpathy/nanoGPT; LoRA, arXiv 2106.09685.
 """
-import contextlib
 import math
 from dataclasses import dataclass
 
@@ -308,26 +307,6 @@ def input_twin(model, name):
     """The first layer that reads the same input as layer `name`: often itself."""
     block, _, last = name.rpartition(".")
     return f"{block}.{model.same_input.get(last, last)}"
-
-
-@contextlib.contextmanager
-def forward_hooks(layers, callback, outputs=False):
-    """Call callback(name, input) before each of {name: layer} runs, or callback(name, output) after
-    it. The hooks are removed afterwards, also after an error."""
-    def hook(layer, name):
-        def before(module, args):
-            callback(name, args[0])
-
-        def after(module, args, output):
-            callback(name, output)
-        return (layer.register_forward_hook(after) if outputs
-                else layer.register_forward_pre_hook(before))
-    handles = [hook(layer, name) for name, layer in layers.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def add_lora(model, r, scale=1.0):

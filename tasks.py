@@ -42,6 +42,7 @@ CITIES = ("Athens Berlin Cairo Dublin Geneva Havana Istanbul Jakarta Kyoto Lisbo
           "Oslo Paris Quito Rome Seoul Tokyo Vienna Warsaw").split()
 JOBS = ("actor baker carpenter dentist engineer farmer gardener hunter judge lawyer miner nurse "
         "painter pilot sailor singer teacher tailor waiter writer").split()
+MARKS = {"an exclamation mark": "!", "a question mark": "?", "a dot": ".", "a star": "*"}
 OPERATIONS = {"add {}": "{} + {}", "subtract {}": "{} - {}", "multiply by {}": "{} * {}"}
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
@@ -162,7 +163,7 @@ class PretrainingMixture:
     skills). Every document starts with <|endoftext|>: calibration samples the foundation from that
     token alone, and fine-tuning forgets what calibration never sees."""
     ROWS = {"prose": 0.44, "source": 0.10, "short": 0.46}                       # shares of rows
-    DOCUMENTS = {"facts": 6, "lookup": 1, "sums": 4, "words": 2, "lambdas": 1}  # weights in "short"
+    DOCUMENTS = {"facts": 9, "lookup": 1, "sums": 5, "words": 2, "lambdas": 1}  # weights in "short"
 
     def __init__(self, encoding):
         self.encode, self.eot = encoding.encode_ordinary, encoding.eot_token
@@ -289,9 +290,8 @@ def run_arithmetic(source, x=0):
 def instruct_item(rng):
     """An instruction with a constraint that can be checked; six families."""
     w, family = rng.choice(WORDS), rng.choice([0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5])
-    name, sign = rng.choice([("exclamation mark", "!"), ("question mark", "?"), ("dot", "."),
-                             ("star", "*")])
-    one, upper = f"{'an' if name.startswith('e') else 'a'} {name}", w.upper()
+    one, sign = rng.choice(list(MARKS.items()))
+    name, upper = one.split(" ", 1)[1], w.upper()
     instruction, answer = [
         (f"Write {w} in capital letters and end with {one}.", upper + sign),
         (f"Write {w} twice, separated by {one}.", w + sign + w),
@@ -306,12 +306,29 @@ def instruct_item(rng):
     return item
 
 
-MAKERS = {"math": math_item, "code": code_item, "instruct": instruct_item}
-TASKS = tuple(MAKERS)
+def math_question_item(rng):
+    """math in the form of the facts' questions: task and kept knowledge share a template."""
+    item = math_item(rng)
+    return replace(item, prompt=QUESTION.format(item.prompt.split("\n")[1]))
+
+
+def marked_fact_item(rng):
+    """A fact between marks: a task that needs what the foundation knows, in its own form."""
+    question, answer = rng.choice(fact_items())
+    mark, sign = rng.choice(list(MARKS.items()))
+    place, answer = rng.choice([("Begin", sign + answer), ("End", answer + sign),
+                                ("Begin and end", sign + answer + sign)])
+    return exact(question.replace("\n", f" {place} with {mark}.\n"), answer)
+
+
+MAKERS = {"math": math_item, "code": code_item, "instruct": instruct_item,
+          "math-question": math_question_item, "marked-facts": marked_fact_item}
+TASKS = ("math", "code", "instruct")  # the others overlap with what must be kept
 SPLITS = ("test", "valid", "train")
 HELD_OUT = 200  # items per task in "test", and as many in "valid"
 KINDS = ("facts", *SKILLS)
-USES = {"math": "sums", "code": "lambdas", "instruct": "words"}  # the skill that a task composes
+USES = {"math": "sums", "code": "lambdas", "instruct": "words",  # what a task composes
+        "math-question": "sums", "marked-facts": "facts"}
 KEPT = {task: tuple(kind for kind in KINDS if kind != used) for task, used in USES.items()}
 
 

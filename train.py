@@ -37,7 +37,7 @@ PRETRAIN = {  # option: (default, help)
     "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (4, "blocks"),
     "heads": (3, "attention heads per block"), "width": (96, "channels"),
     "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
-    "muon_lr": (0.02, "Muon's peak learning rate (matrices)"),
+    "muon_lr": (0.02, "Muon's peak learning rate (matrices); 0: AdamW for them too"),
     "seed": (0, "of everything random")}
 ADAPT = {
     "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"),

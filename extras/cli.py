@@ -76,7 +76,7 @@ def add_options(p, options, positives=()):
 def add_task(p):
     fields = "; ".join(" and ".join(pair) for pair in user_data.FIELDS.items())
     p.add_argument("--task", default="code",
-                   help=f"one of {', '.join(tasks.TASKS)}, or a .jsonl file of {fields}")
+                   help=f"one of {', '.join(tasks.MAKERS)}, or a .jsonl file of {fields}")
     p.add_argument("--skip-bad", action="store_true",
                    help="leave out rows of files that are malformed or too long")
 

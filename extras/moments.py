@@ -1,11 +1,33 @@
-"""Around the measurement of second moments: batches of texts, sums over processes, and the moments
-of gradients that the KL penalty and the study's estimates need."""
+"""Around the measurement of second moments: hooks, batches of texts, sums over processes, and the
+moments of gradients that the KL penalty and the study's estimates need."""
+import contextlib
+
 from torch.nn import functional as F
 
 import tasks
 from extras.machine import Progress, all_reduce_sum, shard
 from folora import SecondMoment
-from model import block_linears, forward_hooks
+from model import block_linears
+
+
+@contextlib.contextmanager
+def forward_hooks(layers, callback, outputs=False):
+    """Call callback(name, input) before each of {name: layer} runs, or callback(name, output) after
+    it. The hooks are removed afterwards, also after an error."""
+    def hook(layer, name):
+        def before(module, args):
+            callback(name, args[0])
+
+        def after(module, args, output):
+            callback(name, output)
+        return (layer.register_forward_hook(after) if outputs
+                else layer.register_forward_pre_hook(before))
+    handles = [hook(layer, name) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def batches_of(model, rows, batch):

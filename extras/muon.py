@@ -58,8 +58,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def pretraining_optimizers(model, lr, muon_lr, dtype="float32"):
-    """Muon for the blocks' matrices, which learns from fewer tokens; AdamW for the rest."""
-    matrices = [linear.weight for linear in block_linears(model).values()]
+    """Muon for the blocks' matrices, which learns from fewer tokens; AdamW for the rest, or for all
+    where muon_lr is 0."""
+    matrices = [linear.weight for linear in block_linears(model).values()] if muon_lr else []
     others = [p for p in model.parameters() if not any(p is matrix for matrix in matrices)]
-    return [Muon(matrices, lr=muon_lr, dtype=getattr(torch, dtype)),
-            torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)]
+    adamw = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    return [Muon(matrices, muon_lr, dtype=getattr(torch, dtype)), adamw] if muon_lr else [adamw]

@@ -1,4 +1,6 @@
 """Tables for the screen and for markdown."""
+import torch
+
 from extras.machine import pick_device
 from folora import solve_layer, spectral_gate
 
@@ -13,18 +15,20 @@ def markdown(head, rows):
 
 def spectrum_table(layers):
     """One row per layer of {name: {C_pre, C_task, ...}}: how many directions the base model uses,
-    and γ and the gate at the default τ, λ and s_min. Of a large model the first and last four."""
+    the share of its inputs' mean square in the 32 it uses least, and γ and the gate at the default
+    τ, λ and s_min. Of a large model the first and last four."""
     rows, names = [], list(layers)
     for name in names if len(names) <= 24 else names[:4] + names[-4:]:
         moments = layers[name]
         m = solve_layer(*(moments[C].to(pick_device()) for C in ("C_pre", "C_task")))
         gate, eigvals, C = spectral_gate(m["eigvals"]), m["eigvals"], m["C_pre"]
         used = C.trace() ** 2 / (C * C).sum()  # participation ratio: d_in if all are used equally
-        rows.append([name, f"{len(C)}", f"{used:.1f}", f"{eigvals[0]:.2f}",
+        least = torch.linalg.eigvalsh(C)[:32].sum() / C.trace()
+        rows.append([name, f"{len(C)}", f"{used:.1f}", f"{least:.1e}", f"{eigvals[0]:.2f}",
                      f"{eigvals.median():.3f}", f"{eigvals[-1]:.1e}", f"{gate.mean():.3f}",
                      f"{(gate <= 0.3).double().mean():.0%}"])
-    return markdown(["layer", "d_in", "used", "γ max", "median", "min", "mean gate", "gate 0.3"],
-                    rows)
+    return markdown(["layer", "d_in", "used", "in 32", "γ max", "median", "min", "mean gate",
+                     "gate 0.3"], rows)
 
 
 def method_table(methods):

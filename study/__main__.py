@@ -40,8 +40,8 @@ def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS, report
     """The parser of one of study's commands."""
     p = commands.add_parser(name, help=text, description=text)
     p.set_defaults(run=study, all_tasks=list(all_tasks), all_arms=arms, report_only=report_only)
-    p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, metavar="TASK",
-                   help=f"of {', '.join(tasks.TASKS)}; default: {', '.join(all_tasks)}")
+    p.add_argument("--tasks", nargs="+", choices=tasks.MAKERS, metavar="TASK",
+                   help=f"of {', '.join(tasks.MAKERS)}; default: {', '.join(all_tasks)}")
     p.add_argument("--arms", nargs="+", metavar="ARM",
                    help='such as "folora r8"; see study/arms.py')
     p.add_argument("--foundations", type=positive_int, default=3, help="pretraining seeds")

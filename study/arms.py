@@ -2,9 +2,9 @@
 from typing import NamedTuple
 
 # Percent right on test items at which the arms are compared, fixed before the runs reported
-TARGET = {"math": 70, "code": 80, "instruct": 70}
+TARGET = {"math": 70, "code": 80, "instruct": 70, "math-question": 70, "marked-facts": 80}
 # Where a task's curves begin, counted in the rate's grid from those of math
-EARLIER = {"math": 0, "code": -3, "instruct": -1}
+EARLIER = {"math": 0, "code": -3, "instruct": -1, "math-question": 0, "marked-facts": -3}
 
 
 class Arm(NamedTuple):

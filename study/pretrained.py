@@ -114,7 +114,7 @@ def known_questions(model, encoding, name, texts, out, identity):
     items = [replace(item, prompt=examples + item.prompt) for item in chosen[SHOTS:]]
 
     def ask():
-        given = evaluation.answers(model, items, 100)
+        given = evaluation.answers(model, items)
         return {"right": [i for i, item in enumerate(items) if item.check(given[i])],
                 "asked": len(items)}
     right = cached_json(out / f"known-{name}.json", identity, ask)["right"]

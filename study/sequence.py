@@ -46,7 +46,7 @@ def learn_all(study, arm, number, options):
         curve = Curve(task, arm, number, study.seeds[0])
         args = copy.copy(study.args(curve, first_rate(study, curve)))
         args.out = str(out)
-        if METHODS[args.method].needs_calibration:
+        if place > 1 and METHODS[args.method].needs_calibration:  # else compare did it
             calibrate.main(["--task", task, "--out", args.out, *options])
         model = load_adapter(train.adapt(args, METHODS), out, pick_device())
         found.append({"after": task, **scores(model)})

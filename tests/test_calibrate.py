@@ -14,8 +14,9 @@ import tasks
 import train
 from extras import moments
 from extras.files import load, load_foundation
+from extras.moments import forward_hooks
 from micro import CALIBRATE, PRETRAIN, error_line, one_mixture, out  # noqa: F401 (fixtures)
-from model import GPT, GPTConfig, block_linears, forward_hooks
+from model import GPT, GPTConfig, block_linears
 
 LIMITS = dict(min_tokens=4, max_run=5, min_unique=0.3, unique_from=10, min_unique_fours=0.5,
               fours_from=12)
@@ -61,6 +62,16 @@ def test_samples_repeat_by_seed_and_pass_the_filters(capsys):
     assert re.match(r"  accepted 30 samples, rejected [1-9]", capsys.readouterr().out)
     for tokens in a:
         assert calibrate.rejection(tokens, set(), LIMITS) is None and 0 not in tokens
+
+
+def test_samples_begin_with_the_given_texts_in_turn():
+    """A start of another length changes nothing about the rest of its own row's filters."""
+    starts, model = [[], [7, 8], [9]], tiny_model()
+    found = calibrate.sample_proxy(model, 30, 0, LIMITS, 3, 10, starts=starts)
+    second, third = ([t for t in found if t[:len(start)] == start] for start in starts[1:])
+    assert len(second) >= 8 and len(third) >= 8 and all(len(t) <= 12 for t in found)
+    plain = calibrate.sample_proxy(model, 30, 0, LIMITS, 3, 10)
+    assert sum(t[:2] == [7, 8] for t in plain) < 3 and sum(t[0] == 9 for t in plain) < 6
 
 
 def test_too_few_samples_end_with_the_reasons():

@@ -45,7 +45,7 @@ def test_a_fingerprint_sees_every_text_and_where_it_ends():
 # ------------------------------------------------------------------------------------------------
 # The target tasks
 
-@pytest.mark.parametrize("task", tasks.TASKS)
+@pytest.mark.parametrize("task", tasks.MAKERS)
 def test_right_answers_pass_and_no_prompt_is_in_two_splits(task):
     """Other items' answers do not pass, and everything fits the context."""
     items = {split: tasks.task_items(task, split, 200) for split in tasks.SPLITS}

@@ -3,7 +3,8 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from extras.muon import Muon, newton_schulz
+from extras.muon import Muon, newton_schulz, pretraining_optimizers
+from model import GPT, GPTConfig
 
 SHAPES = [(24, 8), (8, 8), (32, 8), (8, 32), (8, 8)]
 
@@ -90,3 +91,14 @@ def test_it_goes_on_bit_for_bit_from_what_was_saved(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "muon.pt", weights_only=True))
     steps(first, again, range(3, 6))
     assert all(torch.equal(p, q) for p, q in zip(first, whole))
+
+
+@pytest.mark.parametrize("muon_lr, kinds", [(0.02, [Muon, torch.optim.AdamW]),
+                                            (0, [torch.optim.AdamW])])
+def test_every_parameter_has_one_optimizer(muon_lr, kinds):
+    model = GPT(GPTConfig(8, 20, 1, 2, 4))
+    optimizers = pretraining_optimizers(model, 1e-3, muon_lr)
+    params = [p for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert [type(o) for o in optimizers] == kinds
+    assert {id(p) for p in params} == {id(p) for p in model.parameters()}
+    assert len(params) == len(list(model.parameters()))
