@@ -153,7 +153,9 @@ def proxy(args, model, foundation, source="own", texts=None):
     """What out/proxy.pt holds, built unless it is up to date: "samples" (N, longest) int32, padded
     with -1; "C_pre" {layer: (d_in, d_in)}; "S_pre" {layer: (d_out, d_out)}."""
     encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
-    settings = dict(foundation=foundation, source=source + str(args.begin) * any(args.begin),
+    if any(args.begin):
+        source += f", beginning with {args.begin}"
+    settings = dict(foundation=foundation, source=source,
                     limits={key: getattr(args, key) for key in FILTERS},
                     **{key: getattr(args, key) for key in
                        ("samples", "fisher_samples", "min_new", "max_new", "seed")})
@@ -161,7 +163,7 @@ def proxy(args, model, foundation, source="own", texts=None):
     starts = [encoding.encode_ordinary(text) for text in args.begin]
 
     def build():
-        print(f"proxy: {args.samples} samples, source: {settings['source']}")
+        print(f"proxy: {args.samples} samples, source: {source}")
         chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
                                        args.min_new, args.max_new or length - max(map(len, starts)),
                                        args.seed, starts=starts)

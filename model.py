@@ -230,15 +230,18 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
         if tick:
             tick(new)
         cache.used = max(lengths) + new
-        last = pos == end[:, None] - 1 if new == 0 else None
-        logits = model(tokens.gather(1, pos), pos, cache, only=last).flatten(0, -2)  # (B, vocab)
+        # forward what the cache does not hold yet; each row's newest token predicts the next
+        newest = pos == end[:, None] - 1 if new == 0 else None
+        logits = model(tokens.gather(1, pos), pos, cache, only=newest).flatten(0, -2)  # (B, vocab)
         if new < min_new_tokens:
             logits[:, stop] = -math.inf
-        token = pick_tokens(logits, decoding, generator)
+        token = pick_tokens(logits, decoding, generator)  # (B,)
+        # a row that stops ends here; it is carried along until all have stopped
         stopped = ~done & torch.isin(token, stop)
         finish, done = torch.where(stopped, end, finish), done | stopped
         if done.all():
             break
+        # append the token to its row; the next pass reads it alone
         tokens[rows, end], pos, end = token, end[:, None], end + 1
     return [row[n:f] for row, n, f in zip(tokens.tolist(), lengths, finish.tolist())]
 

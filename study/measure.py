@@ -7,9 +7,10 @@ import torch
 
 import train
 from extras.baselines import kaiming_start
+from extras.llama import Llama, LlamaConfig
 from extras.machine import pick_device
 from folora import SAdam, damped
-from model import GPT, add_lora
+from model import GPT, add_lora, input_twin
 
 
 def seconds_of(work):
@@ -63,13 +64,17 @@ def training_bytes(model, optimizer):
 # ------------------------------------------------------------------------------------------------
 # Works of any size: random weights, bases and tokens cost what real ones cost
 
+def model_of(config):
+    return (Llama if isinstance(config, LlamaConfig) else GPT)(config)
+
+
 def with_adapters(config, rank):
-    """(model with adapters, {A: (basis, gate)} for SAdam)."""
-    model, spectral = GPT(config).to(pick_device()), {}
-    for layer in add_lora(model, rank).values():
+    """(model with adapters, {A: (basis, gate)} for SAdam); layers with one input share a basis."""
+    model, spectral, bases = model_of(config).to(pick_device()), {}, {}
+    for name, layer in add_lora(model, rank).items():
         layer.init_from(*kaiming_start(layer.weight, rank))
-        d = layer.lora_A.shape[1]
-        spectral[layer.lora_A] = torch.randn(d, d) / d, torch.ones(d)
+        twin, d = input_twin(model, name), layer.lora_A.shape[1]
+        spectral[layer.lora_A] = bases.setdefault(twin, torch.randn(d, d) / d), torch.ones(d)
     return model, spectral
 
 

@@ -23,18 +23,20 @@ import tasks
 import train
 from extras.export import merged_files
 from extras.files import write_json
+from extras.llama import LlamaConfig
 from extras.machine import autocast, describe, pick_device, set_precision, tf32
 from extras.tables import markdown
 from folora import generalized_eigh
-from model import GPT, GPTConfig, generate
+from model import GPT, GPTConfig, block_linears, generate
 from study import growth
-from study.measure import (eigenproblem, interleaved, random_batch, ratios, sadam, seconds_of,
-                           training_bytes, training_steps, with_adapters)
+from study.measure import (eigenproblem, interleaved, model_of, random_batch, ratios, sadam,
+                           seconds_of, training_bytes, training_steps, with_adapters)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
     gpt2: GPTConfig
+    llama: LlamaConfig
     tiny: GPTConfig = dataclasses.field(default_factory=GPTConfig)
     rounds: int = 7
     new_tokens: int = 256
@@ -45,15 +47,19 @@ class Sizes:
     out: str = "out"
 
 
-FULL = Sizes(GPTConfig(1024, 50257, 12, 12, 768, gelu="tanh"))  # 124M parameters
-QUICK = Sizes(GPTConfig(256, 50257, 2, 12, 768, gelu="tanh"), rounds=3, new_tokens=32,
+FULL = Sizes(GPTConfig(1024, 50257, 12, 12, 768, gelu="tanh"),  # 124M parameters
+             LlamaConfig(192, encoding="bytes"))                # SmolLM2-135M
+QUICK = Sizes(GPTConfig(256, 50257, 2, 12, 768, gelu="tanh"),
+              LlamaConfig(64, n_layer=2, encoding="bytes"), rounds=3, new_tokens=32,
               eigen=(128, 768))
 MICRO = {"--pretrain": "--steps 4 --batch 2 --layers 1 --heads 2 --width 32",
          "--calibrate": "--samples 20 --queries 8 --min-unique 0 --min-unique-fours 0 "
                         "--max-run 200",
          "--adapt": "--steps 4 --batch 4 --examples 40 --rank 2"}
-REHEARSAL = Sizes(GPTConfig(16, 257, 1, 2, 128), GPTConfig(128, 257, 1, 2, 32), 1, 4, (8, 16),
-                  (32, 1, 2, 2), ((32, 64), (1, 2), (2, 4), (2, 4)),
+REHEARSAL = Sizes(GPTConfig(16, 257, 1, 2, 128),
+                  LlamaConfig(8, 257, 1, 2, 1, 64, 64, encoding="bytes"),
+                  GPTConfig(128, 257, 1, 2, 32), 1, 4, (8, 16), (32, 1, 2, 2),
+                  ((32, 64), (1, 2), (2, 4), (2, 4)),
                   ("--methods", "folora", *(part for pair in MICRO.items() for part in pair)))
 
 
@@ -124,11 +130,14 @@ def missing_modules(*modules):
 
 
 def as_transformers(model):
-    """The same GPT in transformers, without dropout."""
+    """The same GPT, without dropout, or Llama in transformers."""
     import transformers
     config, weights, _ = merged_files(model)
-    no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config, **no_dropout))
+    if isinstance(model, GPT):
+        config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+        theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))
+    else:
+        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config))
     theirs.load_state_dict(weights, strict=False)  # all but the output layer, which is tied
     return theirs.to(pick_device())
 
@@ -136,8 +145,10 @@ def as_transformers(model):
 def peft_steps(config, rank, x, y, steps):
     """() -> this many steps of a plain loop over transformers and PEFT's LoRA with AdamW."""
     import peft
-    theirs = peft.get_peft_model(as_transformers(GPT(config)), peft.LoraConfig(
-        r=rank, lora_alpha=rank, target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True))
+    model = model_of(config)
+    theirs = peft.get_peft_model(as_transformers(model), peft.LoraConfig(
+        r=rank, lora_alpha=rank, fan_in_fan_out=isinstance(model, GPT),
+        target_modules=[name.split(".")[-1] for name in block_linears(model)]))
     trained = [p for p in theirs.parameters() if p.requires_grad]
     adamw = torch.optim.AdamW(trained, lr=1e-6, fused=True)
     labels = torch.cat([torch.full_like(y[:, :1], -100), y[:, :-1]], 1)  # they shift the targets
@@ -192,6 +203,7 @@ def adapting(config, rank, x, y, steps, rounds):
 
 def time_adapt(s):
     return (adapting(s.gpt2, 8, *random_batch(s.gpt2, 1), 1, s.rounds)
+            + adapting(s.llama, 32, *random_batch(s.llama, 8), 1, s.rounds)
             + adapting(s.tiny, 8, *code_batch(), 4, s.rounds))
 
 
@@ -272,10 +284,12 @@ ROWS = {  # row: (function, [(what, reference, format, sign, target on a CPU, ta
         ("the same with SAdam, bfloat16 bases", "plain LoRA", "{:+.1f} %", "<=", None, 7.5)]),
     "adapt": (time_adapt, [
         (f"adapting with FoLoRA: {shape}", *columns)
-        for shape in ("GPT-2 124M, r 8, 1 x 1024, half prompts", "tiny, r 8, 8 items")
+        for shape, target in (("GPT-2 124M, r 8, 1 x 1024, half prompts", 1.3),
+                              ("SmolLM2-135M, r 32, 8 x 192, half prompts", 1),
+                              ("tiny, r 8, 8 items", 1.3))
         for columns in (
             ("-", "{:,.0f} tokens/s", "", None, None),
-            ("transformers + PEFT LoRA", "{:.2f} x", ">=", 1.3, 1.2),
+            ("transformers + PEFT LoRA", "{:.2f} x", ">=", target, min(target, 1.2)),
             ("the same, in a process that keeps freed memory", "{:.2f} x", "", None, None))]),
     "sampling": (time_sampling, [
         ("sampling the proxy set: tiny, 64 x 256", *columns) for columns in (
