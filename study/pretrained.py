@@ -34,8 +34,12 @@ ITEMS, TEXT_ROWS = 60, 16  # evaluated
 POOL, SHOTS = 600, 3       # questions asked to find known ones, each after examples of its kind
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
-SMALL = {("lora", 32): 4, ("folora", 32): 3, ("lora", 8): 6, ("folora", 8): 6,
-         ("sadam-full", 0): -1, ("lora-kl", 32): 5, ("replay", 32): 5, ("lora-null", 32): 3}
+SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-questions", 32): 3, ("lora", 8): 6,
+         ("folora", 8): 6, ("sadam-full", 0): -1, ("lora-kl", 32): 5, ("replay", 32): 5,
+         ("lora-null", 32): 3}
+MAIN = 3  # of these, how many are run first
+# "folora-questions" is folora, calibrated on samples of which every second one is a question
+QUESTIONS = ["calibration-questions", "--begin", "", "Question:"]
 MADE = ("sums", "copying")  # kinds of questions that are in no file
 WORDS = "river stone apple window garden silver music paper winter table horse letter".split()
 PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
@@ -61,11 +65,11 @@ class Run(NamedTuple):
 
 def plan():
     """All runs, the most telling first."""
-    main, others, (first, *rest) = list(SMALL)[:2], list(SMALL)[2:], TASKS
+    main, others, (first, *rest) = list(SMALL)[:MAIN], list(SMALL)[MAIN:], TASKS
     runs = [Run(task, *arm, factor)
             for chosen, arms in (([first], main), (rest, main), ([first], others), (rest, others))
             for task in chosen for factor in (2, 1, 4) for arm in arms]
-    return runs + [run._replace(seed=seed) for seed in (1, 2) for run in runs[:6]]
+    return runs + [run._replace(seed=seed) for seed in (1, 2) for run in runs[:2 * MAIN]]
 
 
 def made_rows(name):
@@ -157,11 +161,14 @@ def do(run, path, out, score, identity):
     """The scores of a run, which are on disk once it is done; full weights are not kept."""
     def make():
         common = ["--task", str(path), "--out", str(out)]
-        if run.method != "lora":
-            calibrate.main([*common, *CALIBRATE])
+        method = run.method.removesuffix("-questions")
+        name, *begin = QUESTIONS if method != run.method else ["calibration"]
+        if method != "lora":
+            calibrate.main([*common, *CALIBRATE, "--name", name, *begin])
         adapter = train.main([
-            "adapt", *common, "--method", run.method, "--rank", str(run.rank or 8), "--lr",
-            f"{run.rate:g}", "--seed", str(run.seed), "--steps", str(STEPS), "--batch", str(BATCH)])
+            "adapt", *common, "--method", method, "--rank", str(run.rank or 8), "--lr",
+            f"{run.rate:g}", "--seed", str(run.seed), "--steps", str(STEPS), "--batch", str(BATCH),
+            "--calibration", name])
         found = score(load_adapter(adapter, out, pick_device()))
         if not run.rank:
             adapter.unlink()

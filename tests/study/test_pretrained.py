@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+import torch
 
+from extras import files
 from micro import CALIBRATE
 from study import __main__ as main, pretrained
 from study.pretrained import Run, at_loss, plan, report
@@ -15,7 +17,7 @@ def test_the_plan_begins_with_what_tells_most_and_repeats_nothing():
     runs = plan()
     assert [(run.task, run.arm) for run in runs[:2]] == [("gsm8k", "lora r32, seed 0"),
                                                          ("gsm8k", "folora r32, seed 0")]
-    assert len(set(runs)) == len(runs) == 3 * 3 * 8 + 2 * 6
+    assert len(set(runs)) == len(runs) == 3 * 3 * 9 + 2 * 6
     assert Run("mbpp", "lora", 32, 2).rate == 1.3e-3  # 2 x 4e-3 x 96 / 576
 
 
@@ -66,7 +68,8 @@ def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
     for name, value in dict(STEPS=2, BATCH=2, TEXT_ROWS=2, ITEMS=2).items():
         monkeypatch.setattr(pretrained, name, value)
     monkeypatch.setattr(pretrained, "CALIBRATE", [*CALIBRATE.split(), "--samples", "4"])
-    monkeypatch.setattr(pretrained, "SMALL", {("lora", 4): 1e-2, ("sadam-full", 0): 1e-3})
+    monkeypatch.setattr(pretrained, "SMALL", {("lora", 4): 1e-2, ("folora-questions", 4): 1e-2,
+                                              ("sadam-full", 0): 1e-3})
     out, trained = tmp_path / "out", []
     train = pretrained.train.main
     monkeypatch.setattr(pretrained.train, "main", lambda a: [trained.append(a[0]), train(a)][1])
@@ -80,4 +83,6 @@ def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
     assert "lora r4, seed 0" in text and "sadam-full, seed 0" in text and "trivia %" in text
     result = json.loads((out / "gsm8k" / "lora-r4-x2-seed0.json").read_text())
     assert len(result["answers"]) == len(pretrained.PROMPTS) and 3 < result["novels b/B"] < 15
-    assert [p.name for p in out.glob("gsm8k/*/adapter.pt")] == ["adapter.pt"] * 2  # of LoRA alone
+    assert [p.name for p in out.glob("gsm8k/*/adapter.pt")] == ["adapter.pt"] * 2  # not full weights
+    samples = files.load(out / "proxy-questions.pt", "proxy", "")["samples"][1::2]
+    assert (samples[:, :9] == torch.tensor(list(b"Question:"))).all()
