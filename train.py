@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, added_loss, find_method, protect
+from extras.baselines import METHODS, added_loss, default_rate, find_method, protect
 from extras.chunked_loss import large_vocab_loss
 from extras.cli import command, train_parser
 from extras.export import export
@@ -40,7 +40,7 @@ PRETRAIN = {  # option: (default, help)
     "muon_lr": (0.02, "Muon's peak learning rate (matrices); 0: AdamW for them too"),
     "seed": (0, "of everything random")}
 ADAPT = {
-    "rank": (8, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"),
+    "rank": (32, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"),
     "steps": (400, "optimizer steps"), "batch": (8, "items per step"),
     "examples": (2000, "training items"), "lam": (1.0, "λ of the gate γ/(γ + λ)"),
     "s_min": (0.3, "the smallest gate"),
@@ -194,7 +194,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
     set_precision(args.precision)
     # 1. Load the task, the foundation, and what was measured on both texts.
     device, (args.method, method) = pick_device(), find_method(args.method, methods)
-    args.lr = method.lr if args.lr is None else args.lr
+    args.lr = default_rate(method, args.rank) if args.lr is None else args.lr
     items = load_items(args.task, "train", args.examples, args.skip_bad)
     model, foundation = load_foundation(args.out, device)
     calibration = load_calibration(args, model, foundation) if method.needs_calibration else None

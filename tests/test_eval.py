@@ -12,7 +12,7 @@ import torch
 
 import eval as evaluation
 import tasks
-from extras.baselines import METHODS
+from extras.baselines import METHODS, default_rate
 from extras.files import load_foundation
 from extras.tables import markdown
 from extras.user_data import file_items
@@ -138,7 +138,8 @@ def test_table():
 
 def test_every_stage_left_its_result(job):
     names = {str(path.relative_to(job)) for path in times(job)}
-    runs = [f"code/{name}-lr{METHODS[name].lr:g}-seed0{FOLDER}" for name in METHODS_RUN]
+    runs = [f"code/{name}-lr{default_rate(METHODS[name], 2):g}-seed0{FOLDER}"
+            for name in METHODS_RUN]
     assert names == {"foundation.pt", "proxy.pt", "code/calibration.pt",
                      "code/foundation-test.json", "code/results-test.json",
                      *(f"{run}/{file}" for run in runs for file in ("adapter.pt", "test.json"))}
@@ -180,7 +181,7 @@ def test_the_same_job_twice_gives_the_same_files(tmp_path, monkeypatch):
 def test_a_method_may_have_an_earlier_name(job, capsys):
     results = main_job(job, "--task", "code", "--methods", "folora-top")
     assert list(results) == ["foundation", "folora-leading"]
-    assert f"folora-leading-lr0.008-seed0{FOLDER}/adapter.pt is up to date" in capsys.readouterr().out
+    assert f"folora-leading-lr0.023-seed0{FOLDER}/adapter.pt is up to date" in capsys.readouterr().out
 
 
 def test_scores_are_made_again_when_weights_items_or_split_change(job, monkeypatch):

@@ -15,10 +15,11 @@ from hypothesis import given, strategies as st
 import tasks
 import train
 from calibrate import second_moments
-from extras.baselines import (ALIASES, METHODS, KLPenalty, Rehearsal, corda_start, diagonal,
-                              distill_loss, find_method, fisher, isotropic, kaiming_start,
-                              kl_penalty, lora_null_start, milora_start, oplora_protected,
-                              pissa_start, protect, replay_loss, sadam, sc_lora_start, truncated)
+from extras.baselines import (ALIASES, METHODS, KLPenalty, Rehearsal, corda_start, default_rate,
+                              diagonal, distill_loss, find_method, fisher, isotropic,
+                              kaiming_start, kl_penalty, lora_null_start, milora_start,
+                              oplora_protected, pissa_start, protect, replay_loss, sadam,
+                              sc_lora_start, truncated)
 from folora import (SAdam, damped, forgetting_penalty, leading_start, null_space_start, solve_layer,
                     spectral_gate)
 from matrices import (EPS, adapted, blocks, close, cond, decomposed, eye, f64, invertible, kappas,
@@ -567,3 +568,12 @@ def test_every_method_moves_what_it_trains_and_nothing_else(name):
         optimizer.step()
     moved = {n for n, t in model.state_dict().items() if not torch.equal(t, before[n])}
     assert moved - {"lm_head.weight"} == trained.keys()  # tied to the embedding
+
+
+def test_default_rates_fall_with_an_adapters_rank():
+    """The table's own at rank 8; full weights have no rank. A rank of 0 is refused elsewhere."""
+    folora, full = METHODS["folora"], METHODS["full"]
+    assert default_rate(folora, 8) == folora.lr and default_rate(folora, 32) == 2e-3
+    rates = [default_rate(folora, rank) for rank in (0, 1, 2, 4, 8, 16, 32, 64)]
+    assert rates[0] == rates[1] and rates[1:] == sorted(rates[1:], reverse=True)
+    assert {default_rate(full, rank) for rank in (0, 8, 32)} == {full.lr}
