@@ -5,6 +5,7 @@
     python -m study ablate             # variants of FoLoRA, on math
     python -m study report --assets assets             # tables and pictures of what is finished
     python -m study sequence           # three tasks, one after the other
+    python -m study drift out/code/*/adapter.pt        # where an adapter's drift comes from
     python -m study speed
     python -m study pretrained --texts FOLDER    # SmolLM2 on real tasks
     python -m study gpu --minutes 35   # what only a GPU can show
@@ -14,7 +15,7 @@ import os
 import tasks
 from extras.cli import Parser, add_common, command, nonneg_int, positive_int
 from extras.machine import rank_and_world, set_precision
-from study import gpu, pretrained, sequence, speed
+from study import drift, gpu, pretrained, sequence, speed
 from study.arms import ABLATIONS, ARMS, METHODS, QUICK
 from study.report import report
 from study.runs import do_all
@@ -73,6 +74,7 @@ def parser():
     p.add_argument("--json", metavar="FILE", help="for the values; default: OUT/speed.json")
     pretrained.add_command(commands)
     sequence.add_command(commands)
+    drift.add_command(commands)
     g = commands.add_parser("gpu", help="everything that only a GPU can show")
     g.set_defaults(run=gpu.gpu)
     g.add_argument("--minutes", type=positive_int, default=35, help="time for all steps together")

@@ -1,0 +1,37 @@
+"""The parts of an adapter's drift."""
+import pytest
+import torch
+
+import train
+from extras.files import load, load_adapter
+from micro import ADAPT, error_line, out  # noqa: F401 (a fixture)
+from model import LoRALinear, block_linears
+from study import __main__ as study, drift
+
+
+def test_the_parts_by_hand(out):
+    """From B0 = 0 the part of ΔA alone is nothing; the others and their products make ΔW's."""
+    path = train.main(f"adapt --task code --method lora {ADAPT} --out {out}".split())
+    model = load_adapter(path, out, "cpu", merge=False)
+    C_pre = load(out / "proxy.pt", "proxy", "")["C_pre"]
+    found, total, mixed = drift.parts_of_drift(model, C_pre), 0, 0
+    for name, layer in block_linears(model, LoRALinear).items():
+        A, B, A0, C = (t.detach().double() for t in (layer.lora_A, layer.lora_B, layer.lora_A0,
+                                                     C_pre[name]))
+        total += torch.trace(B @ A @ C @ A.T @ B.T).item()
+        mixed += 2 * torch.trace(B @ A0 @ C @ (A - A0).T @ B.T).item()
+    assert found["ΔA alone"] == 0 < found["ΔB alone"]
+    assert found["ΔW"] == pytest.approx(total)
+    assert found["ΔB alone"] + found["their product"] + mixed == pytest.approx(total)
+
+
+def test_a_row_for_each_adapter(out, capsys):
+    adapters = [str(train.main(f"adapt --task code --method {method} {ADAPT} --out {out}".split()))
+                for method in ("lora", "folora")]
+    capsys.readouterr()
+    study.main(["drift", *adapters, "--out", str(out)])
+    head, _, lora, folora = capsys.readouterr().out.strip().split("\n")
+    assert "their product" in head and "| lora-lr" in lora and "| folora-lr" in folora
+    assert lora.count("|") == head.count("|") == 6
+    full = train.main(f"adapt --task code --method full {ADAPT} --out {out}".split())
+    assert "holds full weights" in error_line(capsys, study.main, f"drift {full} --out {out}")
