@@ -70,7 +70,7 @@ def parser():
     p.set_defaults(run=speed.speed)
     p.add_argument("--only", nargs="+", choices=speed.ROWS, metavar="ROW",
                    help=f"of {', '.join(speed.ROWS)}")
-    p.add_argument("--quick", action="store_true", help="3 rounds, smaller; no main job, no growth")
+    p.add_argument("--quick", action="store_true", help="3 rounds, smaller; no main job")
     p.add_argument("--json", metavar="FILE", help="for the values; default: OUT/speed.json")
     pretrained.add_command(commands)
     sequence.add_command(commands)

@@ -28,7 +28,6 @@ from extras.machine import autocast, describe, pick_device, set_precision, tf32
 from extras.tables import markdown
 from folora import generalized_eigh
 from model import GPT, GPTConfig, block_linears, generate
-from study import growth
 from study.measure import (eigenproblem, interleaved, model_of, random_batch, ratios, sadam,
                            seconds_of, training_bytes, training_steps, with_adapters)
 
@@ -41,8 +40,6 @@ class Sizes:
     rounds: int = 7
     new_tokens: int = 256
     eigen: tuple = (128, 768, 3072)
-    base: tuple = (128, 2, 8, 32)  # width, depth, rank, samples: growth varies one at a time
-    growth: tuple = ((64, 128, 256, 512), (2, 4, 8), (8, 16, 32, 64), (32, 128, 512))
     main_job: tuple = ()           # options of eval.py
     out: str = "out"
 
@@ -58,8 +55,7 @@ MICRO = {"--pretrain": "--steps 4 --batch 2 --layers 1 --heads 2 --width 32",
          "--adapt": "--steps 4 --batch 4 --examples 40 --rank 2"}
 REHEARSAL = Sizes(GPTConfig(16, 257, 1, 2, 128),
                   LlamaConfig(8, 257, 1, 2, 1, 64, 64, encoding="bytes"),
-                  GPTConfig(128, 257, 1, 2, 32), 1, 4, (8, 16), (32, 1, 2, 2),
-                  ((32, 64), (1, 2), (2, 4), (2, 4)),
+                  GPTConfig(128, 257, 1, 2, 32), 1, 4, (8, 16),
                   ("--methods", "folora", *(part for pair in MICRO.items() for part in pair)))
 
 
@@ -304,8 +300,7 @@ ROWS = {  # row: (function, [(what, reference, format, sign, target on a CPU, ta
                         ("scipy.linalg.eigh", "{:.2f} x", "<=", 1, None))]),
     "main-job": (time_main_job, [
         ("the main job from nothing", "-", "{:.0f} s", "<=", 360, 60),
-        ("calibration, of the main job's time", "-", "{:.1f} %", "<=", 15, 15)]),
-    "growth": (growth.table, [])}  # a table of its own
+        ("calibration, of the main job's time", "-", "{:.1f} %", "<=", 15, 15)])}
 
 
 def line_of(what, reference, form, sign, on_cpu, on_gpu, values):
@@ -328,8 +323,7 @@ def speed(args):
     sizes = dataclasses.replace(sizes, out=args.out)
     torch.manual_seed(0)
     measured, lines = {}, []
-    for row in args.only or [row for row in ROWS
-                             if not (args.quick and row in ("main-job", "growth"))]:
+    for row in args.only or [row for row in ROWS if not (args.quick and row == "main-job")]:
         print(f"{row} ...", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             measured[row] = ROWS[row][0](sizes)
@@ -338,9 +332,7 @@ def speed(args):
         lines += [line_of(*spec, values) for spec, values in zip(ROWS[row][1], measured[row])]
     machine = f"{describe(pick_device())}, torch {torch.__version__}"
     print(f"\n{machine}\n")
-    for table in lines, measured.get("growth", []):
-        if table:
-            print(markdown(list(table[0]), [list(line.values()) for line in table]), end="\n\n")
+    print(f"{markdown(list(lines[0]), [list(line.values()) for line in lines])}\n")
     path = pathlib.Path(args.json or f"{args.out}/speed.json")
     write_json(path, {"machine": machine, "quick": args.quick, "lines": lines,
                       "measured": measured})
