@@ -197,7 +197,7 @@ class SAdam(torch.optim.Optimizer):
     spectral:     {A: (basis V (d_in, k), gate s̃ (k,))} for LoRA factors A (r, d_in), or for full
                   weights (d_out, d_in). With k < d_in, A moves in those k directions alone.
                   Without any entry this is `torch.optim.AdamW`.
-    basis_dtype:  dtype in which the bases are kept and multiplied; default: each parameter's own.
+    basis_dtype:  dtype in which the bases are kept; default: each parameter's own.
     lr, betas, eps, weight_decay (decoupled): as for AdamW.
     """
 
@@ -240,7 +240,7 @@ class SAdam(torch.optim.Optimizer):
         V, gate = self.spectral.get(p, (None, None))
         state, g = self.state[p], p.grad
         if V is not None:
-            g = (g.to(V) @ V).to(g)                       # Ḡ = G V, since A = Ā Vᵀ
+            g = g @ V.to(g)                               # Ḡ = G V, since A = Ā Vᵀ
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
         state["step"] += 1
@@ -252,6 +252,6 @@ class SAdam(torch.optim.Optimizer):
         step = m_hat * -lr / (v_hat.sqrt() + eps)         # Adam's step, -η m̂ / (√v̂ + ε)
         if V is not None:
             # the gate multiplies the step: Adam would normalise a gated *gradient* away
-            step = ((step * gate).to(V) @ V.T).to(step)   # ΔA = (ΔĀ ⊙ s̃) Vᵀ
+            step = (step * gate) @ V.T.to(step)           # ΔA = (ΔĀ ⊙ s̃) Vᵀ
         p.mul_(1 - lr * weight_decay)
         p.add_(step)
