@@ -200,7 +200,7 @@ def adapting(config, rank, x, y, steps, rounds):
 def time_adapt(s):
     return (adapting(s.gpt2, 8, *random_batch(s.gpt2, 1), 1, s.rounds)
             + adapting(s.llama, 32, *random_batch(s.llama, 8), 1, s.rounds)
-            + adapting(s.tiny, 8, *code_batch(), 4, s.rounds))
+            + adapting(s.tiny, 8, *code_batch(), 20, s.rounds))
 
 
 def time_sampling(s):
