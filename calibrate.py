@@ -163,7 +163,7 @@ def proxy(args, model, foundation, source="own", texts=None):
     starts = [encoding.encode_ordinary(text) for text in args.begin]
 
     def build():
-        print(f"proxy: {args.samples} samples, source: {source}")
+        print(f"proxy: {args.samples} samples, source: {source[:80]}")
         chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
                                        args.min_new, args.max_new or length - max(map(len, starts)),
                                        args.seed, starts=starts)

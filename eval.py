@@ -27,8 +27,8 @@ from extras.tables import markdown
 from extras.user_data import evaluation_items, open_file, read_text, read_texts
 from model import generate
 
-METHODS = ["lora", "folora", "lora-kl-leading"]  # the main job's
-ITEMS = 100                                      # of each kind, at most
+METHODS = ["lora", "folora", "folora-pull-back"]  # the main job's
+ITEMS = 100                                       # of each kind, at most
 
 
 # ------------------------------------------------------------------------------------------------

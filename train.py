@@ -225,9 +225,10 @@ def adapt(args, methods=METHODS, loop=training_loop):
                           basis_dtype=getattr(torch, args.basis_dtype))
         # 4. Train, the optimizer having its own copies of the bases; 5. save what was trained.
         spectral.clear()
+        options = {"after": method.after(model, optimizer)} if method.after else {}
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
                       penalty=added_loss(method, model, layers, calibration, args),
-                      parts=args.accumulate)
+                      parts=args.accumulate, **options)
         return {"changed": adapter_state_dict(model), "losses": losses}
 
     build_if_stale(path, "adapter", settings, build)

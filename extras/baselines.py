@@ -1,5 +1,5 @@
 """All methods in one table: how each differs from LoRA in where it starts, how it steps, what it
-adds to the loss. Singular value decompositions are in float64."""
+adds to the loss or does after a step. Singular value decompositions are in float64."""
 import copy
 import math
 import random
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import tasks
 from extras.machine import autocast
 from folora import check_rank, leading_start, null_space_start, spectral_gate
-from model import LoRALinear
+from model import LoRALinear, block_linears
 
 
 # ------------------------------------------------------------------------------------------------
@@ -214,6 +214,28 @@ def added_loss(method, model, layers, calibration, args):
 
 
 # ------------------------------------------------------------------------------------------------
+# After each step
+
+@torch.no_grad()
+def pull_back(model, optimizer, strength=10.0):
+    """Ours: after(steps done) takes back the share η · strength of ΔB, and of ΔA in the basis times
+    1 - gate. Adam's steps, mostly of at most η, then keep each number of ΔB below 1/strength."""
+    layers = block_linears(model, LoRALinear).values()
+    inverse = {A: torch.linalg.inv(V.double()).T.to(A)  # V⁻ᵀ
+               for A, (V, _) in optimizer.spectral.items()}
+
+    @torch.no_grad()
+    def after(step):
+        share = strength * optimizer.param_groups[0]["lr"]
+        for layer in layers:
+            A, (V, gate) = layer.lora_A, optimizer.spectral[layer.lora_A]
+            learned = (A - layer.lora_A0) @ inverse[A]  # ΔĀ = ΔA V⁻ᵀ
+            A -= share * (learned * (1 - gate)) @ V.T.to(A)
+            layer.lora_B.lerp_(layer.lora_B0, share)
+    return after
+
+
+# ------------------------------------------------------------------------------------------------
 # The table
 
 @dataclass(frozen=True)
@@ -222,6 +244,7 @@ class Method:
     steps: Callable | None = None              # (m, lam, s_min) -> (basis, gate); None: Adam's
     penalty: Callable | None = None            # (S_pre, C_pre) -> (S, C) of the KL penalty
     rehearsal: Callable | None = None          # replay_loss or distill_loss
+    after: Callable | None = None              # (model, SAdam) -> after(steps done)
     train_A: bool = True
     protected: Callable | None = None          # W0 -> (U_k, V_k), directions ΔW may not use
     needs_moments: bool = False                # start or steps use the layer's `solve_layer`
@@ -257,6 +280,8 @@ METHODS = MappingProxyType({
     "sadam-full": Method(None, sadam, needs_moments=True, lr=5e-4, source="the paper, App. D"),
     "sadam-full-truncated": Method(None, truncated, needs_moments=True, lr=5e-4,
                                    source="both of App. D"),
+    "folora-pull-back": Method(null_space_start, sadam, after=pull_back, needs_moments=True,
+                               lr=2.3e-2),
     "folora-leading": Method(leading_start, sadam, needs_moments=True, lr=8e-3),
     "folora-replay": Method(null_space_start, sadam, rehearsal=replay_loss, needs_moments=True,
                             lr=1.1e-2),

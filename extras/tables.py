@@ -41,7 +41,7 @@ def method_table(methods):
     for name, method in methods.items():
         trained = "full weights" if not method.start else "A, B" if method.train_A else "B"
         extra = [f"{words(method.penalty)} penalty" if method.penalty else "",
-                 words(method.rehearsal),
+                 words(method.rehearsal), words(method.after),
                  "protected directions" if method.protected else ""]
         rows.append([name, trained, words(method.start) or "W0", words(method.steps) or "adam",
                      ", ".join(filter(None, extra)) or "-", method.source])

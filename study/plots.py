@@ -5,8 +5,9 @@ from study import stats
 from study.arms import ARMS, TARGET
 from study.runs import Curve
 
-LOOKS = {"lora r8": ("#000000", "X"), "folora r8": ("#56B4E9", "o"), "folora r32": ("#0072B2", "s"),
-         "lora-kl r32": ("#D55E00", "P"), "sadam-full": ("#CC79A7", "*")}
+LOOKS = {"lora r32": ("#000000", "X"), "folora r32": ("#0072B2", "s"),
+         "folora-pull-back r32": ("#009E73", "o"), "lora-kl r32": ("#D55E00", "P"),
+         "sadam-full": ("#CC79A7", "*")}
 
 
 def pyplot():
@@ -53,7 +54,7 @@ def frontier(study, stored):
 def rank(study, stored):
     """What is kept at the target against the rank: a point per foundation, a line through means."""
     def draw(ax, task):
-        for method, (colour, marker) in {"lora": LOOKS["lora r8"],
+        for method, (colour, marker) in {"lora": LOOKS["lora r32"],
                                          "folora": LOOKS["folora r32"]}.items():
             points = {ARMS[name].rank: [v for v in found["kept"] if v is not None]
                       for name, found in stored[task]["arms"].items()

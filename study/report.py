@@ -9,7 +9,7 @@ from study.runs import Curve, Study, target_score
 
 MEASURES = {  # of a result, at the target
     "kept": lambda r: r["test"]["Avg1"],
-    "facts": lambda r: r["test"]["kept"]["facts"]["score"],
+    "facts": lambda r: r["test"]["kept"].get("facts", {}).get("score"),  # None for marked-facts
     "facts not sampled": lambda r: r["test"]["unsampled"],
     "drift, %": lambda r: r["drift"],
     "KL, mnats": lambda r: 1000 * r["kl"]}

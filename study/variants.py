@@ -84,25 +84,6 @@ def tangent(model, *more, **options):
     return train.training_loop(model, *more, **options)
 
 
-def pulled_back(strength):
-    """Decoupled decay towards the start: each step takes the share η · strength of ΔB, and of ΔA in
-    the basis, there times 1 - gate."""
-    def loop(model, optimizers, batch, settings, partial, **options):
-        spectral, group = optimizers[0].spectral, optimizers[0].param_groups[0]
-        inverse = {A: torch.linalg.inv(V.double()).T.to(A) for A, (V, _) in spectral.items()}
-
-        @torch.no_grad()
-        def after(step):
-            share = group["lr"] * strength
-            for layer in block_linears(model, LoRALinear).values():
-                A, (V, gate) = layer.lora_A, spectral[layer.lora_A]
-                learned = (A - layer.lora_A0) @ inverse[A]  # ΔĀ = ΔA V⁻ᵀ
-                A -= share * (learned * (1 - gate)) @ V.T
-                layer.lora_B.lerp_(layer.lora_B0, share)
-        return train.training_loop(model, optimizers, batch, settings, None, after=after, **options)
-    return loop
-
-
 # ------------------------------------------------------------------------------------------------
 # Finishes: (ΔW (d_out, d_in) float64, C_pre) -> the ΔW that is evaluated
 
@@ -136,7 +117,6 @@ TRICKS = {
     "folora-b-eighth": ("folora", b_rate(1 / 8), None),
     "folora-average": ("folora", averaged(0.95), None),
     "folora-tangent": ("folora", tangent, None),
-    "folora-pull-back": ("folora", pulled_back(10.0), None),
 }
 METHODS = {
     **baselines.METHODS,

@@ -472,3 +472,24 @@ def test_train_py_is_a_command(tmp_path):
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: nowhere/foundation.pt is missing; make it with: python")
+
+
+def test_pulling_back_goes_on_bit_for_bit(out, monkeypatch):
+    """What is done after a step depends on A, B and their starts alone, which a save holds."""
+    path = adapt("--method folora-pull-back --steps 6", out)
+    whole = adapter(path)["changed"]
+    path.unlink()
+    monkeypatch.setattr(train, "SAVE_EVERY", -1)
+    step = train.SAdam.step
+
+    def interrupted(self, closure=None):
+        interrupted.steps += 1
+        if interrupted.steps == 4:
+            raise KeyboardInterrupt
+        return step(self, closure)
+    interrupted.steps = 0
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train.SAdam, "step", interrupted)
+        adapt("--method folora-pull-back --steps 6", out)
+    again = adapter(adapt("--method folora-pull-back --steps 6", out))["changed"]
+    assert all(torch.equal(whole[name], again[name]) for name in whole)

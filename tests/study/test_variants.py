@@ -89,7 +89,11 @@ def test_pull_back_by_the_formula(block):
         def change(p):
             changes.append(randn(*p.shape))
             return changes[-1]
-        layer, _, m = one_step(patch, block, variants.pulled_back(0.5), change)
+
+        def loop(model, optimizers, *_):
+            train.training_loop(model, after=baselines.pull_back(model, optimizers[0], 0.5),
+                                optimizers=optimizers)
+        layer, _, m = one_step(patch, block, loop, change)
     (dA, dB), share = changes, 0.25
     V, gate = baselines.sadam(m, 1.0, 0.3)
     expected = dA - share * (dA @ m["H"] @ V * (1 - gate)) @ V.T  # V⁻ᵀ = HV
