@@ -29,11 +29,12 @@ FOLORA = Arm("folora", 32, 2)  # the reference, which is the first of its group
 METHODS = [
     FOLORA, Arm("lora", 8, 5), Arm("folora", 8, 5), Arm("lora", 32, 3),
     Arm("sadam-full", 0, -2), Arm("lora-kl", 32, 3), Arm("folora-pull-back", 32, 3),
-    Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6), Arm("replay", 8, 5), Arm("distill", 32, 3),
-    Arm("replay", 32, 3, "--rehearsal 4"), Arm("wise-ft-0.5", 8, 6), Arm("folora", 64, 0),
-    Arm("lora", 64, 1), Arm("lora-null", 32, 2), Arm("folora-leading", 32, 2),
-    Arm("corda", 32, 1), Arm("ewc", 8, 6), Arm("ewc", 8, 6, "--mu 20"), Arm("l2-sp", 8, 6),
-    Arm("l2-sp", 8, 6, "--mu 20"), Arm("replay", 8, 5, "--rehearsal 4"), Arm("distill", 8, 5)]
+    Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6),
+    Arm("replay", 8, 5), Arm("distill", 32, 3), Arm("replay", 32, 3, "--rehearsal 4"),
+    Arm("wise-ft-0.5", 8, 6), Arm("folora", 64, 0), Arm("lora", 64, 1), Arm("lora-null", 32, 2),
+    Arm("folora-leading", 32, 2), Arm("corda", 32, 1), Arm("ewc", 8, 6),
+    Arm("ewc", 8, 6, "--mu 20"), Arm("l2-sp", 8, 6), Arm("l2-sp", 8, 6, "--mu 20"),
+    Arm("replay", 8, 5, "--rehearsal 4"), Arm("distill", 8, 5)]
 QUICK = ("lora r8", "folora r8", "folora r32", "replay r8")
 ABLATIONS = {
     "coordinates and gate": [
