@@ -160,9 +160,9 @@ def proxy(args, model, foundation, source="own", texts=None):
                     **{key: getattr(args, key) for key in
                        ("samples", "fisher_samples", "min_new", "max_new", "seed")})
     path = pathlib.Path(args.out) / f"{args.name.replace('calibration', 'proxy', 1)}.pt"
-    starts = [encoding.encode_ordinary(text) for text in args.begin]
 
     def build():
+        starts = [encoding.encode_ordinary(text) for text in args.begin]
         print(f"proxy: {args.samples} samples, source: {source[:80]}")
         chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
                                        args.min_new, args.max_new or length - max(map(len, starts)),
@@ -224,7 +224,7 @@ def parser():
         "seed": (0, "of everything random"), **FILTERS}, ("samples", "fisher_samples", "queries"))
     p.add_argument("--begin", metavar="TEXT", nargs="+", default=[""],
                    help='what the samples begin with, in turn; with "" "Question:" every second '
-                        "one is a question, and so what answers questions is protected too")
+                        "one is a question")
     p.add_argument("--moments-device", choices=["cpu"],
                    help="keep the sums of all layers' moments in host memory, and one layer's at a "
                         "time on the GPU; default: on the GPU")

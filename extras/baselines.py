@@ -216,20 +216,19 @@ def added_loss(method, model, layers, calibration, args):
 # ------------------------------------------------------------------------------------------------
 # After each step
 
-@torch.no_grad()
 def pull_back(model, optimizer, strength=10.0):
     """Ours: after(steps done) takes back the share η · strength of ΔB, and of ΔA in the basis times
     1 - gate. Adam's steps, mostly of at most η, then keep each number of ΔB below 1/strength."""
     layers = block_linears(model, LoRALinear).values()
-    inverse = {A: torch.linalg.inv(V.double()).T.to(A)  # V⁻ᵀ
-               for A, (V, _) in optimizer.spectral.items()}
+    bases = {V: A for A, (V, _) in optimizer.spectral.items()}  # layers with one input share theirs
+    inverse = {V: torch.linalg.inv(V.double()).T.to(A) for V, A in bases.items()}  # V⁻ᵀ
 
     @torch.no_grad()
     def after(step):
         share = strength * optimizer.param_groups[0]["lr"]
         for layer in layers:
             A, (V, gate) = layer.lora_A, optimizer.spectral[layer.lora_A]
-            learned = (A - layer.lora_A0) @ inverse[A]  # ΔĀ = ΔA V⁻ᵀ
+            learned = (A - layer.lora_A0) @ inverse[V]  # ΔĀ = ΔA V⁻ᵀ
             A -= share * (learned * (1 - gate)) @ V.T.to(A)
             layer.lora_B.lerp_(layer.lora_B0, share)
     return after
@@ -259,6 +258,7 @@ class Method:
 
 # Default rates: in sweeps of 200 steps at rank 8 each reached 80 % of LoRA's best validation score
 # on all three tasks, where any rate did (otherwise 8e-3); here √2 smaller, as there are 400 steps.
+# How folora-pull-back's was set: docs/results.md.
 METHODS = MappingProxyType({
     "full": Method(None, lr=2.5e-4, source="-"),
     "lora": Method(source="2106.09685"),

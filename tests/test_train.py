@@ -82,11 +82,12 @@ def test_the_same_command_gives_the_same_weights(out, tmp_path):
     assert fingerprint(a["model"]) == fingerprint(b["model"]) and a["losses"] == b["losses"]
 
 
-@pytest.mark.parametrize("stage", ["pretrain", "adapt"])
-def test_an_interrupted_run_continues_exactly(out, monkeypatch, capsys, stage):
+@pytest.mark.parametrize("stage, options", [
+    ("pretrain", PRETRAIN), ("adapt", f"--task code --method folora --lr 0.006 {ADAPT}"),
+    ("adapt", f"--task code --method folora-pull-back {ADAPT}")])
+def test_an_interrupted_run_continues_exactly(out, monkeypatch, capsys, stage, options):
     """Stopped right after a save, twice: every weight and loss is that of an uninterrupted run, and
     no step is done twice."""
-    options = PRETRAIN if stage == "pretrain" else f"--task code --method folora --lr 0.006 {ADAPT}"
     arguments = [stage, *options.split(), "--seed", "3", "--out", str(out)]
     file = train.main(arguments) or out / "foundation.pt"
     whole = torch.load(file, weights_only=True)
@@ -472,24 +473,3 @@ def test_train_py_is_a_command(tmp_path):
                           capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("error: nowhere/foundation.pt is missing; make it with: python")
-
-
-def test_pulling_back_goes_on_bit_for_bit(out, monkeypatch):
-    """What is done after a step depends on A, B and their starts alone, which a save holds."""
-    path = adapt("--method folora-pull-back --steps 6", out)
-    whole = adapter(path)["changed"]
-    path.unlink()
-    monkeypatch.setattr(train, "SAVE_EVERY", -1)
-    step = train.SAdam.step
-
-    def interrupted(self, closure=None):
-        interrupted.steps += 1
-        if interrupted.steps == 4:
-            raise KeyboardInterrupt
-        return step(self, closure)
-    interrupted.steps = 0
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(train.SAdam, "step", interrupted)
-        adapt("--method folora-pull-back --steps 6", out)
-    again = adapter(adapt("--method folora-pull-back --steps 6", out))["changed"]
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
