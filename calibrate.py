@@ -24,7 +24,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import tasks
 from extras.cli import Parser, add_common, add_options, add_task, command
-from extras.files import build_if_stale, load_foundation, load_measured, task_folder
+from extras.files import build_if_stale, load, load_foundation, task_folder
 from extras.machine import Progress, all_gather, pick_device, rank_and_world, set_precision
 from extras.moments import batches_of, forward_hooks, gradient_moments, means_of
 from extras.tables import spectrum_table
@@ -179,7 +179,7 @@ def proxy(args, model, foundation, source="own", texts=None):
                                           moments_device=args.moments_device)}
 
     build_if_stale(path, "proxy", settings, build)
-    return load_measured(path, "proxy", "python calibrate.py", model)
+    return load(path, "proxy", "python calibrate.py")
 
 
 def calibrate(args, source="own", texts=None):

@@ -17,7 +17,6 @@ from torch.nn import functional as F
 
 import tasks
 from extras.baselines import METHODS, added_loss, default_rate, find_method, protect
-from extras.chunked_loss import large_vocab_loss
 from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (atomic_write, build_if_stale, fingerprint, load_calibration,
@@ -32,6 +31,9 @@ from folora import SAdam, solve_layer
 from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
+# Logits of so many positions at a time; torch before 2.13 holds those of all positions at once
+CHUNKS = (torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
+          if hasattr(torch.nn, "LinearCrossEntropyOptions") else None)
 PRETRAIN = {  # option: (default, help)
     "steps": (2000, "optimizer steps"), "batch": (16, "rows per step"),
     "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (4, "blocks"),
@@ -47,6 +49,7 @@ ADAPT = {
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
     "mu": (5.0, "μ of the KL penalty, for methods that have one"),
     "rehearsal": (1.0, "weight of the loss on base-model samples, for methods that have one"),
+    "pull": (10.0, "strength of pulling back, for methods that do; at rank r it is times r / 32"),
     "basis_dtype": ("float32", "of SAdam's bases; bfloat16 takes half the memory",
                     ("float32", "bfloat16")),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
@@ -69,8 +72,9 @@ def loss_of(model, x, y):
     counted, W = y != -100, model.lm_head.weight
     with autocast(x.device):
         h, targets = model.features(x, only=counted), y[counted]  # (n, C), (n,)
-        if len(targets) * len(W) > 2 ** 24:  # the logits would be most of training's memory
-            return large_vocab_loss(h, W, targets)
+        if CHUNKS and len(targets) * len(W) > 2 ** 24:  # the logits would be most of the memory
+            dtype = getattr(torch, precision(x.device))
+            return F.linear_cross_entropy(h.to(dtype), W.to(dtype), targets, options=CHUNKS).float()
         return F.cross_entropy(model.lm_head(h).float(), targets)
 
 
@@ -197,7 +201,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
     args.lr = default_rate(method, args.rank) if args.lr is None else args.lr
     items = load_items(args.task, "train", args.examples, args.skip_bad)
     model, foundation = load_foundation(args.out, device)
-    calibration = load_calibration(args, model, foundation) if method.needs_calibration else None
+    calibration = load_calibration(args, foundation) if method.needs_calibration else None
     batch = task_batches(args, items, model.config)
     settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
                     text=tasks.fingerprint(item.prompt + item.answer for item in items),
@@ -225,7 +229,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
                           basis_dtype=getattr(torch, args.basis_dtype))
         # 4. Train, the optimizer having its own copies of the bases; 5. save what was trained.
         spectral.clear()
-        options = {"after": method.after(model, optimizer)} if method.after else {}
+        options = {"after": method.after(model, optimizer, args.pull)} if method.after else {}
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
                       penalty=added_loss(method, model, layers, calibration, args),
                       parts=args.accumulate, **options)

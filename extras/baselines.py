@@ -216,18 +216,19 @@ def added_loss(method, model, layers, calibration, args):
 # ------------------------------------------------------------------------------------------------
 # After each step
 
-def pull_back(model, optimizer, strength=10.0):
-    """Ours: after(steps done) takes back the share η · strength of ΔB, and of ΔA in the basis times
-    1 - gate. Adam's steps, mostly of at most η, then keep each number of ΔB below 1/strength."""
+def pull_back(model, optimizer, strength):
+    """Ours: after(steps done) takes back the share η · strength · r / 32 of ΔB, and of ΔA in the
+    basis times 1 - gate. As Adam's steps are mostly of at most η, a number of ΔB stays below
+    32 / (strength · r): the more directions, the less each needs to hold."""
     layers = block_linears(model, LoRALinear).values()
     bases = {V: A for A, (V, _) in optimizer.spectral.items()}  # layers with one input share theirs
     inverse = {V: torch.linalg.inv(V.double()).T.to(A) for V, A in bases.items()}  # V⁻ᵀ
 
     @torch.no_grad()
     def after(step):
-        share = strength * optimizer.param_groups[0]["lr"]
         for layer in layers:
             A, (V, gate) = layer.lora_A, optimizer.spectral[layer.lora_A]
+            share = optimizer.param_groups[0]["lr"] * strength * len(A) / 32
             learned = (A - layer.lora_A0) @ inverse[V]  # ΔĀ = ΔA V⁻ᵀ
             A -= share * (learned * (1 - gate)) @ V.T.to(A)
             layer.lora_B.lerp_(layer.lora_B0, share)
@@ -243,7 +244,7 @@ class Method:
     steps: Callable | None = None              # (m, lam, s_min) -> (basis, gate); None: Adam's
     penalty: Callable | None = None            # (S_pre, C_pre) -> (S, C) of the KL penalty
     rehearsal: Callable | None = None          # replay_loss or distill_loss
-    after: Callable | None = None              # (model, SAdam) -> after(steps done)
+    after: Callable | None = None              # (model, SAdam, strength) -> after(step)
     train_A: bool = True
     protected: Callable | None = None          # W0 -> (U_k, V_k), directions ΔW may not use
     needs_moments: bool = False                # start or steps use the layer's `solve_layer`

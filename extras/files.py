@@ -276,36 +276,14 @@ def task_folder(args):
     return pathlib.Path(args.out) / pathlib.Path(args.task).stem
 
 
-def load_calibration(args, model, foundation):
+def load_calibration(args, foundation):
     """What calibrate.py wrote for this task: "layers" {name: {C_pre, C_task, S_pre}}, "samples"."""
     path = task_folder(args) / f"{args.calibration}.pt"
     made_by = f"python calibrate.py --task {args.task} --name {args.calibration} --out {args.out}"
-    calibration = load_measured(path, "calibration", made_by, model)
+    calibration = load(path, "calibration", made_by)
     if calibration["settings"]["foundation"] != foundation:
         raise ValueError(f"{path} belongs to another foundation; make it again with: {made_by}")
     return calibration
-
-
-def load_measured(path, kind, made_by, model):
-    """A proxy or a calibration, whose moments and samples fit this model."""
-    content = load(path, kind, made_by)
-    with friendly_errors(path, f"delete it and make it again with: {made_by}"):
-        if kind == "proxy":
-            found = {f"{name} {key}": C for key in ("C_pre", "S_pre")
-                     for name, C in content[key].items()}
-        else:
-            found = {f"{name} {key}": C for name, moments in content["layers"].items()
-                     for key, C in moments.items()}
-        keys = ("C_pre", "S_pre") if kind == "proxy" else ("C_pre", "C_task", "S_pre")
-        shapes = {f"{name} {key}": 2 * [layer.weight.shape[key[0] == "C"]]  # C: d_in, S: d_out
-                  for name, layer in block_linears(model).items() for key in keys}
-        check_tensors(found, {name: torch.empty(shape, dtype=torch.float64, device="meta")
-                              for name, shape in shapes.items()})
-        samples = content["samples"]
-        if not (samples.dtype == torch.int32 and samples.dim() == 2 and samples.numel()
-                and -1 <= samples.min() and samples.max() < model.config.vocab_size):
-            raise ValueError("samples are not rows of the model's tokens")
-    return content
 
 
 # ------------------------------------------------------------------------------------------------

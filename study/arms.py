@@ -29,6 +29,7 @@ FOLORA = Arm("folora", 32, 2)  # the reference, which is the first of its group
 METHODS = [
     FOLORA, Arm("lora", 8, 5), Arm("folora", 8, 5), Arm("lora", 32, 3),
     Arm("sadam-full", 0, -2), Arm("lora-kl", 32, 3), Arm("folora-pull-back", 32, 3),
+    Arm("folora-pull-back", 8, 6), Arm("folora-pull-back", 64, 1),
     Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6),
     Arm("replay", 8, 5), Arm("distill", 32, 3), Arm("replay", 32, 3, "--rehearsal 4"),
     Arm("wise-ft-0.5", 8, 6), Arm("folora", 64, 0), Arm("lora", 64, 1), Arm("lora-null", 32, 2),

@@ -331,7 +331,7 @@ def test_penalty_is_measured_on_the_samples_themselves(out, method):
             p += torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name)))
     args = train.parser().parse_args(["adapt", "--task", "code", "--out", str(out)])
     base, foundation = load_foundation(out, "cpu")
-    calibration = load_calibration(args, base, foundation)
+    calibration = load_calibration(args, foundation)
     assert adapter(path)["settings"]["measured"] == calibration["settings"]
     layers, outputs, tokens = block_linears(base), {}, 0
     S = dict.fromkeys(layers, 0)

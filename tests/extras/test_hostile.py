@@ -201,15 +201,12 @@ def test_nothing_in_a_file_is_executed(tmp_path, wrap, zipped):
 
 def readers(out):
     """{kind: (file, how its user reads it)} of the checkpoints in `out`."""
-    model, foundation = load_foundation(out, "cpu")
+    foundation = load_foundation(out, "cpu")[1]
     adapter = next(out.glob("code/folora-*/adapter.pt"))
     args = train.parser().parse_args(["adapt", "--out", str(out)])
-    measure = calibrate.parser().parse_args([*CALIBRATE.split(), "--out", str(out)])
     return {"foundation": (out / "foundation.pt", lambda: load_foundation(out, "cpu")),
             "calibration": (out / "code" / "calibration.pt",
-                            lambda: load_calibration(args, model, foundation)),
-            "proxy": (out / "proxy.pt", lambda: calibrate.proxy(
-                measure, model, foundation)),
+                            lambda: load_calibration(args, foundation)),
             "adapter": (adapter, lambda: load_adapter(adapter, out, "cpu"))}
 
 
@@ -260,12 +257,6 @@ def configure(**changes):
     ("foundation", configure(n_head=3), "it must be a multiple of heads"),
     ("foundation", configure(colour=1), "TypeError"),
     ("calibration", change("S_pre", with_first(float("inf"))), "S_pre holds NaN or infinity"),
-    ("calibration", change("C_task", lambda t: t[1:]), "C_task has the shape"),
-    ("calibration", change("C_task", lambda t: t.float()), "C_task has .* torch.float32"),
-    ("calibration", change("samples", with_first(-2)), "samples are not rows of the model's tok"),
-    ("calibration", change("samples", with_first(257)), "samples are not rows of the model's tok"),
-    ("proxy", change("samples", with_first(257)), "samples are not rows of the model's tokens"),
-    ("proxy", change("c_fc", lambda t: None), "C_pre is missing"),
     ("adapter", change("lora_B", with_first(float("nan"))), "lora_B holds NaN"),
     ("adapter", change("lora_A0", lambda t: None), "lora_A0 is missing"),
     ("adapter", lambda content: content["settings"].update(foundation="x"), "another found"),

@@ -80,8 +80,8 @@ def test_the_tangent_replaces_every_adapter(monkeypatch):
 
 @given(block=blocks())
 def test_pull_back_by_the_formula(block):
-    """One step: ΔB loses the share ηω, ΔA the share ηω(1 - s̃) in the basis' coordinates; in H's inner
-    product, so ΔA's forgetting penalty falls."""
+    """One step: ΔB loses a share, here 1/4, ΔA that share times 1 - s̃ in the basis' coordinates; in
+    H's inner product, so ΔA's forgetting penalty falls."""
     with pytest.MonkeyPatch.context() as patch:
         randn = normal(5)
         changes = []
@@ -91,7 +91,7 @@ def test_pull_back_by_the_formula(block):
             return changes[-1]
 
         def loop(model, optimizers, *_):
-            train.training_loop(model, after=baselines.pull_back(model, optimizers[0], 0.5),
+            train.training_loop(model, after=baselines.pull_back(model, optimizers[0], 16 / block[3]),
                                 optimizers=optimizers)
         layer, _, m = one_step(patch, block, loop, change)
     (dA, dB), share = changes, 0.25
