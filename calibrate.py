@@ -2,8 +2,8 @@
 
     python calibrate.py --task math      # out/math/calibration.pt
 
-1. Sample: N texts, each from <|endoftext|> alone, stand for the pretraining text, which nobody has
-   (Sec. 3.4).
+1. Sample: N texts, each from <|endoftext|> alone: the *proxy* for the pretraining text, which few
+   users of a model have (Sec. 3.4).
 2. Filter out repetitive and duplicate texts (App. B.4).
 3. Measure C_pre, the second moment of every linear layer's input on those texts, and C_task, the
    same on task queries. (S_pre, the second moment of the loss's gradient at each layer's output, is
@@ -12,7 +12,6 @@
 Only C_task depends on the task; the rest is cached in out/proxy.pt.
 """
 import collections
-import hashlib
 import itertools
 import math
 import pathlib
@@ -26,11 +25,11 @@ import tasks
 from extras.cli import Parser, add_common, add_options, add_task, command
 from extras.files import build_if_stale, load, load_foundation, task_folder
 from extras.machine import Progress, all_gather, pick_device, rank_and_world, set_precision
-from extras.moments import batches_of, forward_hooks, gradient_moments, means_of
+from extras.moments import batches_of, forward_hooks, gradient_moments, input_twin, means_of
 from extras.tables import spectrum_table
 from extras.user_data import load_items
 from folora import SecondMoment
-from model import block_linears, generate, input_twin
+from model import block_linears, generate
 
 # share of the samples, (temperature, top-p, top-k; 0 for no limit): App. B.4
 DECODING = [(0.70, (1.0, 1.0, 0)),
@@ -40,52 +39,45 @@ DECODING = [(0.70, (1.0, 1.0, 0)),
 FILTERS = {"min_tokens": (32, "reject shorter samples"),
            "max_run": (20, "reject runs of this many equal tokens"),
            "min_unique": (0.08, "least share of unique tokens; real text has 0.13 to 0.3"),
-           "unique_from": (128, "that share counts from this length"),
+           "unique_from": (128, "that share is asked for from this many tokens"),
            "min_unique_fours": (0.25, "least share of unique 4-grams"),
-           "fours_from": (96, "that share counts from this length")}
+           "fours_from": (96, "that share is asked for from this many tokens")}
 
 
 # ------------------------------------------------------------------------------------------------
 # Sample and filter
 
-def longest_run(tokens):
-    """Length of the longest run of one token: [7, 7, 7, 2] -> 3."""
-    return max((len(list(run)) for _, run in itertools.groupby(tokens)), default=0)
-
-
 def rejection(tokens, seen, limits):
-    """Why a sample is rejected (App. B.4), or None. `seen` holds the hashes of earlier samples."""
-    digest, length = hashlib.sha1(str(tokens).encode()).digest(), len(tokens)
-    if digest in seen:
+    """Why a sample is rejected (App. B.4), or None. `seen` holds the earlier samples."""
+    length, runs = len(tokens), (len([*run]) for _, run in itertools.groupby(tokens))
+    if tuple(tokens) in seen:
         return "duplicate"
-    seen.add(digest)
+    seen.add(tuple(tokens))
     if length < limits["min_tokens"]:
         return "too short"
-    if longest_run(tokens) >= limits["max_run"]:
+    if max(runs, default=0) >= limits["max_run"]:
         return "run of one token"
     if length >= limits["unique_from"] and len(set(tokens)) < limits["min_unique"] * length:
         return "few unique tokens"
     fours = list(zip(*(tokens[i:] for i in range(4))))
     if length >= limits["fours_from"] and len(set(fours)) < limits["min_unique_fours"] * len(fours):
         return "few unique 4-grams"
-    return None
 
 
 def draw_decoding(rng, rows, model):
     """(temperature, top_p, top_k), each (rows,): one setting of DECODING for each row."""
     shares, settings = zip(*DECODING)
     drawn = rng.choices(settings, shares, k=rows)
-    temperature, top_p, top_k = (torch.tensor(column, device=model.lm_head.weight.device)
-                                 for column in zip(*drawn))
+    temperature, top_p, top_k = torch.tensor(drawn, device=model.lm_head.weight.device).T
     return temperature, top_p, torch.where(top_k == 0, model.config.vocab_size, top_k)
 
 
 def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250, starts=((),)):
-    """`count` samples that pass the filters, as token lists without <|endoftext|>, after which they
-    begin with `starts` (token lists) in turn.
+    """`count` samples that pass the filters, as token lists. Each is written after <|endoftext|>,
+    which is left out of it, and begins with one of `starts` (token lists) in turn.
 
     Several processes sample with seeds of their own, and all accept the same texts. ValueError if
-    fewer than `count` of 5 count tries pass.
+    fewer than `count` of 5 × count tries pass.
     """
     device = model.lm_head.weight.device
     rank, world = rank_and_world()
@@ -101,7 +93,7 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250,
         progress(min(count - 1, len(accepted) + rows * world * new / max_new))
 
     while len(accepted) < count:
-        missing = count - len(accepted)  # so many at a time, and a few for those rejected
+        missing = count - len(accepted)  # and 10 % more, for those that will be rejected
         rows = math.ceil(min(batch, 1.1 * missing) / world)
         if tries >= 5 * count:
             raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in "
@@ -112,8 +104,7 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250,
         new = generate(model, [[eot, *start] for start in begun], max_new, [eot], decoding, min_new,
                        generator, tick)
         for tokens in all_gather([start + tokens for start, tokens in zip(begun, new)]):
-            reason = rejection(tokens, seen, limits)
-            if reason:
+            if reason := rejection(tokens, seen, limits):
                 rejected[reason] += 1
             else:
                 accepted.append(tokens)
@@ -131,19 +122,18 @@ def second_moments(model, rows, batch=64, moments_device=None):
     """{layer: C = E[x xᵀ] (d_in, d_in) float64} of every linear layer's input x, over all tokens of
     `rows` (token lists) except padding. Layers that read the same input share one tensor.
 
-    moments_device="cpu" keeps the sums in host memory, and one layer's at a time on the GPU.
+    moments_device="cpu" keeps the sums in host memory; one layer's product at a time is on the GPU.
     """
-    measured = {name: input_twin(model, name) for name in block_linears(model)}
-    layers = {name: layer for name, layer in block_linears(model).items()
-              if measured[name] == name}
+    twin = {name: input_twin(model, name) for name in block_linears(model)}
+    layers = {name: layer for name, layer in block_linears(model).items() if twin[name] == name}
     moments = {name: SecondMoment(layer.in_features, moments_device or model.lm_head.weight.device)
                for name, layer in layers.items()}
-    # with a target after the last token, that token is an input too
+    # each row gets an unused last target, 0, so that its last token is an input too
     for x, y in batches_of(model, [[*row, 0] for row in rows], batch):
         with forward_hooks(layers, lambda name, inputs: moments[name].add(inputs, y != -100)):
             model.features(x)
     means = {name: C.cpu() for name, C in means_of(moments).items()}
-    return {name: means[twin] for name, twin in measured.items()}
+    return {name: means[twin[name]] for name in twin}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -163,8 +153,9 @@ def proxy(args, model, foundation, source="own", texts=None):
 
     def build():
         starts = [encoding.encode_ordinary(text) for text in args.begin]
+        where = {"moments_device": args.moments_device}
         print(f"proxy: {args.samples} samples, source: {source[:80]}")
-        chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, vars(args),
+        chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, settings["limits"],
                                        args.min_new, args.max_new or length - max(map(len, starts)),
                                        args.seed, starts=starts)
         chosen = [tokens[:length] for tokens in chosen]
@@ -173,10 +164,8 @@ def proxy(args, model, foundation, source="own", texts=None):
         rows = [[encoding.eot_token] + tokens for tokens in chosen]
         tensors = [torch.tensor(tokens, dtype=torch.int32) for tokens in chosen]
         return {"samples": pad_sequence(tensors, True, -1),
-                "C_pre": second_moments(model, [row[:length] for row in rows],
-                                        moments_device=args.moments_device),
-                "S_pre": gradient_moments(model, rows[:args.fisher_samples],
-                                          moments_device=args.moments_device)}
+                "C_pre": second_moments(model, [row[:length] for row in rows], **where),
+                "S_pre": gradient_moments(model, rows[:args.fisher_samples], **where)}
 
     build_if_stale(path, "proxy", settings, build)
     return load(path, "proxy", "python calibrate.py")

@@ -27,8 +27,8 @@ from extras.tables import markdown
 from extras.user_data import evaluation_items, open_file, read_text, read_texts
 from model import generate
 
-METHODS = ["lora", "folora", "folora-pull-back"]  # the main job's
-ITEMS = 100                                       # of each kind, at most
+MAIN_JOB = ["lora", "folora", "folora-pull-back"]  # its methods
+ITEMS = 100                                        # of each kind, at most
 
 
 # ------------------------------------------------------------------------------------------------
@@ -40,7 +40,7 @@ def answers(model, items, batch=100):
     stop = [encoding.eot_token]
     if not any("\n" in item.answer for item in items):
         stop += encoding.encode_ordinary("\n")
-    longest = max(len(encoding.encode_ordinary(item.answer)) for item in items) + 8
+    longest = max(len(encoding.encode_ordinary(item.answer)) for item in items) + 8  # room to err
     prompts = [[encoding.eot_token] + encoding.encode_ordinary(item.prompt) for item in items]
     budgets = [min(longest, model.config.block_size + 1 - len(prompt)) for prompt in prompts]
     progress, done = Progress("answering", len(items)), 0
@@ -200,7 +200,7 @@ def parser():
     p.add_argument("--keep", metavar="FILE", action="append", default=[],
                    help="a .jsonl file of items, or a .txt file, that must not be forgotten, "
                         "instead of the task's own; may be given several times")
-    p.add_argument("--methods", nargs="+", default=METHODS, help="methods to adapt with")
+    p.add_argument("--methods", nargs="+", default=MAIN_JOB, help="methods to adapt with")
     p.add_argument("--split", default="test", choices=["valid", "test"],
                    help="valid: for choosing settings; test: for reporting")
     for stage in "pretrain", "calibrate", "adapt":

@@ -4,9 +4,9 @@ Foundation-Preserving LoRA, arXiv 2606.00132; equation numbers are the paper's. 
 one optimizer.
 
 A linear layer W0 (d_out, d_in) reads inputs x (d_in,). On text that the base model wrote itself,
-C_pre = E[x xᵀ] says how strongly each input direction is used; on the task's queries C_task says
-the same. An update ΔA (r, d_in) of LoRA's factor A moves the layer's output by B ΔA x, so its rows
-should lie where C_task is large and C_pre is small:
+C_pre = E[x xᵀ] says how strongly each input direction is used; on the task's queries, which are
+prompts without answers, C_task says the same. An update ΔA (r, d_in) of LoRA's factor A moves the
+layer's output by κB ΔA x, so its rows should lie where C_task is large and C_pre is small:
 
     forgetting penalty   R(ΔA) = Tr(ΔA H ΔAᵀ),   H = C_pre + τI                        (Eq. 6)
     task utility         U(ΔA) = Tr(ΔA C_task ΔAᵀ)
@@ -17,8 +17,8 @@ coordinate's *step* is multiplied by the gate γ/(γ + λ), at least s_min (Eq. 
 directions move freely, costly ones little.
 
 Units: one scalar per layer, tr(C_pre)/d_in, divides both moments (`normalise`). γ does not change;
-τ and the learning rate no longer depend on the activations' units, and λ = 1 is the break-even: a
-direction that is as active on the task as on the base model's own text.
+τ and the learning rate no longer depend on the activations' units, and with λ = 1 a direction that
+is as active on the task as on the base model's own text takes half a step.
 """
 import math
 
@@ -64,7 +64,8 @@ def normalise(C_pre, C_task):
 
 
 # ------------------------------------------------------------------------------------------------
-# Solve: penalty, utility, and the directions that trade one for the other
+# Solve: penalty, utility, and the directions that trade one for the other. Training computes R and
+# U of no update: they define V and γ, and through these SAdam's steps obey them.
 
 def forgetting_penalty(dA, H):
     """R(ΔA) = Tr(ΔA H ΔAᵀ) for dA (r, d_in), H (d_in, d_in): a scalar (Eq. 6)."""
@@ -104,7 +105,7 @@ def generalized_eigh(C_task, H):
 
     Returns (eigvals (d,) descending, basis (d, d) with the eigenvectors as columns):
     VᵀHV = I and VᵀC_task V = diag(γ).
-    V is *not* orthogonal: a gradient enters the basis by V, a parameter by V⁻¹ = VᵀH.
+    V is *not* orthogonal: gradients enter the basis as Ḡ = G V, parameters as Ā = A V⁻ᵀ = A H V.
     VᵀHV has a rounding error of d · eps · cond(H). Where that exceeds 1 %, ValueError says which τ
     would do.
     """
@@ -124,10 +125,10 @@ def generalized_eigh(C_task, H):
         basis = torch.linalg.solve_triangular(L.T, Q, upper=True)
         failed = not (basis.T @ H @ basis - torch.eye(len(H)).to(H)).abs().max() <= 0.01
     if failed:
-        e = torch.linalg.eigvalsh(H)
+        e = torch.linalg.eigvalsh(H)  # with `more` added, d · eps · cond(H) is at most 0.5 %
         more = 200 * len(H) * torch.finfo(H.dtype).eps * e.abs().max() - e[0].clamp(max=0)
-        raise ValueError("H is not positive definite; use a larger tau (H = C_pre + tau I): "
-                         f"{more:.2g} more will do")
+        raise ValueError("H is not positive definite, or nearly singular; use a larger tau "
+                         f"(H = C_pre + tau I): {more:.2g} more will do")
     return eigvals.flip(0), basis.flip(1)
 
 
@@ -147,7 +148,7 @@ def spectral_gate(eigvals, lam=1.0, s_min=0.3):
     """s̃ = max(γ/(γ + λ), s_min) in [s_min, 1]: the share of Adam's step per direction (Eq. 22)."""
     if not 0 < lam < math.inf:
         raise ValueError(f"lam is {lam}; λ must be a positive number, "
-                         "1 is the break-even of utility and penalty")
+                         "1 halves the step where utility equals penalty")
     if not 0 <= s_min <= 1:
         raise ValueError(f"s_min is {s_min}; the smallest gate must lie in [0, 1]")
     eigvals = eigvals.clamp(min=0)  # C_task is positive semidefinite: below 0 is rounding
@@ -156,13 +157,8 @@ def spectral_gate(eigvals, lam=1.0, s_min=0.3):
 
 # ------------------------------------------------------------------------------------------------
 # Start: where A and B begin. Each start returns A0 (r, d_in), B0 (d_out, r); the layer then freezes
-# W_res = W0 - κB0A0, so that it begins as exactly the function it was. All starts are called with
-# the same keywords; unused ones land in `**_`.
-
-def check_rank(r, W0):
-    if not 1 <= r <= min(W0.shape):
-        raise ValueError(f"rank is {r}; a layer of {tuple(W0.shape)} takes 1 to {min(W0.shape)}")
-
+# W_res = W0 - κB0A0, so that it begins as exactly the function it was. All starts, those of
+# extras/baselines.py too, are called with the same keywords; unused ones land in `**_`.
 
 def projection_start(W0, U, scale=1.0):
     """A0 = Uᵀ, B0 = W0 U/κ for orthonormal columns U (d_in, r): κB0A0 is W0 on the span of U."""
@@ -172,19 +168,11 @@ def projection_start(W0, U, scale=1.0):
 def null_space_start(W0, C_pre, r, scale=1.0, **_):
     """The paper's start (App. B.3): the r eigenvectors of C_pre with the smallest eigenvalues.
 
-    On the base model's text A0 x is then as small as r directions allow; it is zero only where
-    C_pre has a null space of dimension r.
+    On the base model's text A0 x, and with it ΔB A0 x, all that B's steps alone move, is then as
+    small as r directions allow; it is zero only where C_pre has a null space of dimension r.
     """
-    check_rank(r, W0)
     _, U = torch.linalg.eigh(C_pre.double())  # ascending
     return projection_start(W0, U[:, :r], scale)
-
-
-def leading_start(W0, basis, r, scale=1.0, **_):
-    """Ours: the span of the r generalized eigenvectors of highest γ, most utility per penalty."""
-    check_rank(r, W0)
-    U, _ = torch.linalg.qr(basis[:, :r].double())
-    return projection_start(W0, U, scale)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -45,23 +45,23 @@ class KVCache:
     """Keys and values of the tokens so far, per layer (B, nh, T_max, hs); each row of the batch
     writes at its own position."""
 
-    def __init__(self, config, rows, length, device, dtype):
-        heads, channels = config.kv_shape
-        shape = (rows, heads, length, channels)
-        self.keys, self.values = ([torch.zeros(shape, device=device, dtype=dtype)
-                                   for _ in range(config.n_layer)] for _ in range(2))
-        self.used = length    # no row has tokens at or after this position
-        self.aligned = False  # True if all rows have equal length: then writes are contiguous
+    def __init__(self, length, aligned):
+        self.layers, self.length = {}, length
+        self.used = length      # no row has tokens at or after this position
+        self.aligned = aligned  # whether all rows have equal length: then writes are contiguous
 
     def update(self, layer, k, v, pos):
         """Write k, v (B, nh, T, hs) at positions pos (B, T); return all, (B, nh, used, hs)."""
-        rows = None if self.aligned else torch.arange(len(pos), device=pos.device)[:, None]
-        for cached, new in (self.keys[layer], k), (self.values[layer], v):
+        if layer not in self.layers:
+            B, nh, _, hs = k.shape
+            self.layers[layer] = [t.new_zeros(B, nh, self.length, hs) for t in (k, v)]
+        for cached, new in zip(self.layers[layer], (k, v)):
             if self.aligned:
                 cached[:, :, self.used - k.shape[2]:self.used] = new
             else:
-                cached.transpose(1, 2)[rows, pos] = new.transpose(1, 2)
-        return self.keys[layer][:, :, :self.used], self.values[layer][:, :, :self.used]
+                rows = torch.arange(len(pos), device=pos.device)[:, None]
+                cached[rows, :, pos] = new.transpose(1, 2)
+        return [cached[:, :, :self.used] for cached in self.layers[layer]]
 
 
 def causal_attention(q, k, v):
@@ -122,13 +122,13 @@ class Block(nn.Module):
     def forward(self, x, pos=None, cache=None, only=None):
         x = x + self.attn(self.ln_1(x), pos, cache)
         if only is not None:
-            x = x[only]  # (B, T, C) -> (count, C)
+            x = x[only]  # (B, T, C) -> (count, C): where logits are wanted, see GPT.forward
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     block_prefix = "transformer.h."  # names of the layers that LoRA adapts begin with it
-    same_input = {}                  # {layer of a block: another that reads the same input}
+    same_input = {}  # Llama's has k_proj: q_proj, since its key and query layers read one input
 
     def __init__(self, config):
         super().__init__()
@@ -184,8 +184,7 @@ def filter_top_k_top_p(logits, temperature, top_p, top_k):
     probs = ranked.masked_fill(~keep, -math.inf).softmax(-1)
     # the probability before a token decides, so the likeliest always stays
     keep &= probs.cumsum(-1) - probs < top_p[cut, None]
-    kept = ranked.masked_fill(~keep, -math.inf)
-    logits[cut] = torch.full_like(ranked, -math.inf).scatter(-1, order, kept)
+    logits[cut] = ranked.scatter(-1, order, ranked.masked_fill(~keep, -math.inf))
     return logits
 
 
@@ -210,26 +209,23 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
     Returns the new tokens of each row, without the stop token.
     """
     device, lengths = model.lm_head.weight.device, [len(p) for p in prompts]
-    if min(lengths) < 1 or max(lengths) + max_new_tokens > model.config.block_size + 1:
-        raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens and {max_new_tokens} "
-                         f"new ones do not fit the context of {model.config.block_size}; "
-                         "a prompt needs at least one token")
-    tokens = torch.zeros(len(prompts), max(lengths) + max_new_tokens, dtype=torch.long,
-                         device=device)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.tensor(prompt)
+    longest, total = max(lengths), max(lengths) + max_new_tokens
+    if min(lengths) < 1 or total > model.config.block_size + 1:  # the last new token is not read
+        raise ValueError(f"prompts of {min(lengths)} to {longest} tokens and {max_new_tokens} new "
+                         f"ones do not fit the context of {model.config.block_size}; a prompt "
+                         "needs at least one token")
+    tokens = torch.tensor([[*p, *[0] * (total - len(p))] for p in prompts], device=device)
     end = torch.tensor(lengths, device=device)  # position of each row's next token
     rows, finish = torch.arange(len(prompts), device=device), end + max_new_tokens
     done = torch.zeros_like(end, dtype=torch.bool)
     stop = torch.tensor(stop, dtype=torch.long, device=device)
-    cache = KVCache(model.config, len(prompts), tokens.shape[1], device, model.lm_head.weight.dtype)
-    cache.aligned = min(lengths) == max(lengths)
+    cache = KVCache(total, aligned=min(lengths) == longest)
     # the first pass reads the whole prompts, every later one a single token per row
-    pos = torch.arange(max(lengths), device=device).expand(len(prompts), -1)
+    pos = torch.arange(longest, device=device).expand(len(prompts), -1)
     for new in range(max_new_tokens):
         if tick:
             tick(new)
-        cache.used = max(lengths) + new
+        cache.used = longest + new
         # forward what the cache does not hold yet; each row's newest token predicts the next
         newest = pos == end[:, None] - 1 if new == 0 else None
         logits = model(tokens.gather(1, pos), pos, cache, only=newest).flatten(0, -2)  # (B, vocab)
@@ -250,7 +246,7 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
 # LoRA
 
 class LoRALinear(nn.Module):
-    """W = W_res + κBA: a frozen weight (d_out, d_in), B (d_out, r), A (r, d_in), κ = scale.
+    """W = W_res + κBA: a frozen weight (d_out, d_in), B (d_out, r), A (r, d_in), κ = scale (α/r).
 
     A0 and B0 are the starting values of A and B, and W_res = W0 - κB0A0: the layer starts as the
     function it was.
@@ -258,10 +254,9 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear, r, scale=1.0):
         super().__init__()
-        d_out, d_in = linear.weight.shape
-        if not 1 <= r <= min(d_in, d_out):
-            raise ValueError(f"rank is {r}; a layer of {d_out} x {d_in} takes 1 to "
-                             f"{min(d_in, d_out)}")
+        (d_out, d_in), most = linear.weight.shape, min(linear.weight.shape)
+        if not 1 <= r <= most:
+            raise ValueError(f"rank is {r}; a layer of {d_out} x {d_in} takes 1 to {most}")
         if not 0 < scale < math.inf:
             raise ValueError(f"scale is {scale}; κ must be a positive number")
         self.weight, self.bias, self.scale = linear.weight, linear.bias, scale
@@ -275,7 +270,7 @@ class LoRALinear(nn.Module):
         return F.linear(x, self.weight, self.bias) + F.linear(F.linear(x, A), B)
 
     def factors(self):
-        """Effective factors (A, κB)."""
+        """(A, κB) of the forward pass; a subclass may change them."""
         return self.lora_A, self.scale * self.lora_B
 
     def delta_factors(self):
@@ -291,12 +286,11 @@ class LoRALinear(nn.Module):
         self.weight -= self.scale * self.lora_B0 @ self.lora_A0
 
     @torch.no_grad()
-    def to_linear(self, merged):
-        """An ordinary linear layer: with what was learned (merged), or as it was before LoRA."""
-        A, B = self.factors() if merged else (self.lora_A0, self.scale * self.lora_B0)
+    def to_linear(self, learned=True):
+        """An ordinary linear layer: with what was learned, or as it was before LoRA."""
+        A, B = self.factors() if learned else (self.lora_A0, self.scale * self.lora_B0)
         linear = nn.Linear(*self.weight.T.shape, device="meta")
-        linear.weight = nn.Parameter(self.weight + B @ A)
-        linear.bias = self.bias
+        linear.weight, linear.bias = nn.Parameter(self.weight + B @ A), self.bias
         return linear
 
 
@@ -304,12 +298,6 @@ def block_linears(model, kind=nn.Linear):
     """{name: layer} of every linear layer in the transformer's blocks: those that LoRA adapts."""
     return {name: m for name, m in model.named_modules()
             if isinstance(m, kind) and name.startswith(model.block_prefix)}
-
-
-def input_twin(model, name):
-    """The first layer that reads the same input as layer `name`: often itself."""
-    block, _, last = name.rpartition(".")
-    return f"{block}.{model.same_input.get(last, last)}"
 
 
 def add_lora(model, r, scale=1.0):
@@ -328,11 +316,6 @@ def lora_parameters(model):
 
 
 def merge_lora(model, learned=True):
-    """Replace every adapter by an ordinary linear layer of weight W_res + κBA."""
+    """Replace every adapter by a linear layer: W_res + κBA, or W_res + κB0A0 = W0 as it was."""
     for name, layer in block_linears(model, LoRALinear).items():
         model.set_submodule(name, layer.to_linear(learned))
-
-
-def remove_lora(model):
-    """Replace every adapter by the linear layer that was there before, W_res + κB0A0 = W0."""
-    merge_lora(model, learned=False)

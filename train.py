@@ -31,7 +31,7 @@ from folora import SAdam, solve_layer
 from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
-# Logits of so many positions at a time; torch before 2.13 holds those of all positions at once
+# Takes the logits of 256 positions at a time; torch before 2.13 lacks it and holds them all
 CHUNKS = (torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
           if hasattr(torch.nn, "LinearCrossEntropyOptions") else None)
 PRETRAIN = {  # option: (default, help)
@@ -59,8 +59,8 @@ ADAPT = {
 # ------------------------------------------------------------------------------------------------
 # The loop
 
-def learning_rate(step, steps, warmup, shape):
-    """Factor on the peak rate: linear warm-up, then down to 0 along a cosine or a line."""
+def rate_factor(step, steps, warmup, shape):
+    """Factor on the peak learning rate: linear warm-up, then down to 0 along a cosine or a line."""
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)
@@ -101,24 +101,24 @@ def training_loop(model, optimizers, batch, settings, partial, shape="cosine", w
     """Run settings["steps"] steps on batch(step) -> (x, y), each (B, T) on the CPU; returns each
     step's loss in nats, with penalty(step) added. after(steps done) is called after each step.
 
-    Batches depend on the step alone, so an interrupted run continues exactly from `partial`, which
-    is saved every SAVE_EVERY seconds (on a GPU up to rounding: its attention is not repeatable).
+    Batches depend on the step alone, so an interrupted run continues exactly from the file
+    `partial`, saved every SAVE_EVERY seconds (on a GPU up to rounding: attention varies there).
     """
     device, steps = next(model.parameters()).device, settings["steps"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    peak = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    losses = load_resume_state(partial, settings, trained, optimizers)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
+    losses = load_resume_state(partial, settings, trained, optimizers)  # restores lower rates too
     progress, saved = Progress("training", steps), time.time()
     progress(len(losses))
     with tf32(device):
         for step in range(len(losses), steps):
-            factor = learning_rate(step, steps, max(1, round(warmup * steps)), shape)
-            for group, rate in zip(groups, peak):
-                group["lr"] = rate * factor
+            factor = rate_factor(step, steps, max(1, round(warmup * steps)), shape)
+            for optimizer, rates in zip(optimizers, peaks):
+                for group, rate in zip(optimizer.param_groups, rates):
+                    group["lr"] = rate * factor
             x, y = (t.to(device) for t in batch(step))
             model.zero_grad(set_to_none=True)
-            loss = backward(model, x, y, functools.partial(penalty, step), parts)
+            loss = backward(model, x, y, lambda: penalty(step), parts)
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
             losses.append(loss.item())
             if not math.isfinite(losses[-1] + norm.item()):
@@ -193,10 +193,10 @@ def maybe_compile(model, wanted):
 # adapt
 
 def adapt(args, methods=METHODS, loop=training_loop):
-    """Teach the foundation a task, unless this run's adapter.pt is up to date; returns its path.
-    `loop` runs the steps; a caller may pass its own, with training_loop's arguments."""
+    """Teach the foundation a task by a method, a row of METHODS in extras/baselines.py, unless this
+    run's adapter.pt is up to date; returns its path. `loop` does what training_loop does."""
     set_precision(args.precision)
-    # 1. Load the task, the foundation, and what was measured on both texts.
+    # Load the task, the foundation, and what calibrate.py measured (the README's step 1).
     device, (args.method, method) = pick_device(), find_method(args.method, methods)
     args.lr = default_rate(method, args.rank) if args.lr is None else args.lr
     items = load_items(args.task, "train", args.examples, args.skip_bad)
@@ -212,7 +212,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
     def build():
         print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate "
               f"{args.lr:g}, {args.steps} steps on {describe_machine(device)}")
-        # 2. For each layer: solve for its directions; choose a start, and the basis of its steps.
+        # Steps 3 and 4, for each layer: its directions, its start, and the basis of its steps.
         maybe_compile(model, args.compile)
         if method.start:
             layers = add_lora(model, args.rank, args.scale)
@@ -224,10 +224,10 @@ def adapt(args, methods=METHODS, loop=training_loop):
             moments = calibration and calibration["layers"][name]
             spectral |= start_layer(name, layer, method, moments, args, generator)
             progress(number)
-        # 3. Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
+        # Step 5: Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
         optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
                           basis_dtype=getattr(torch, args.basis_dtype))
-        # 4. Train, the optimizer having its own copies of the bases; 5. save what was trained.
+        # Train. SAdam has its own copies of the bases, so these, in float64, can be freed.
         spectral.clear()
         options = {"after": method.after(model, optimizer, args.pull)} if method.after else {}
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
@@ -241,7 +241,8 @@ def adapt(args, methods=METHODS, loop=training_loop):
 
 @functools.lru_cache(maxsize=1)
 def solve_once(C_pre, C_task, tau, device):
-    """`solve_layer`; layers that read the same input share its moments, and so one basis."""
+    """`solve_layer`; layers that read the same input share its moments (one tensor: tensors hash by
+    identity), and so one basis."""
     return solve_layer(C_pre.to(device), C_task.to(device), tau)
 
 
@@ -291,7 +292,7 @@ def run_folder(args):
     others = [f"-{key}{getattr(args, key)}" for key, (default, *_) in ADAPT.items()
               if getattr(args, key) != default and key != "seed"]
     name = "".join([f"{args.method}-lr{args.lr:g}-seed{args.seed}", *others])
-    return task_folder(args) / name.replace("_", "")
+    return task_folder(args) / name.replace("_", "")  # s_min -> smin
 
 
 # ------------------------------------------------------------------------------------------------

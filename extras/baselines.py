@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import tasks
 from extras.machine import autocast
-from folora import check_rank, leading_start, null_space_start, spectral_gate
+from folora import null_space_start, projection_start, spectral_gate
 from model import LoRALinear, block_linears
 
 
@@ -21,7 +21,6 @@ from model import LoRALinear, block_linears
 
 def kaiming_start(W0, r, generator=None, **_):
     """LoRA (arXiv 2106.09685): A0 Kaiming-uniform (a = √5, so bound 1/√d_in), B0 = 0."""
-    check_rank(r, W0)
     d_out, d_in = W0.shape
     A = (torch.rand(r, d_in, generator=generator).to(W0) * 2 - 1) / math.sqrt(d_in)
     return A, W0.new_zeros(d_out, r)
@@ -37,16 +36,20 @@ def even_split(W0, U, S, Vh, scale):
     return (S.sqrt()[:, None] * Vh).to(W0), (U * S.sqrt() / scale).to(W0)
 
 
+def leading_start(W0, basis, r, scale=1.0, **_):
+    """Ours: the span of the r generalized eigenvectors of highest γ, most utility per penalty."""
+    U, _ = torch.linalg.qr(basis[:, :r].double())
+    return projection_start(W0, U, scale)
+
+
 def pissa_start(W0, r, scale=1.0, **_):
     """PiSSA (arXiv 2404.02948): κB0A0 = the r largest singular components of W0."""
-    check_rank(r, W0)
     U, S, Vh = svd(W0)
     return even_split(W0, U[:, :r], S[:r], Vh[:r], scale)
 
 
 def milora_start(W0, r, scale=1.0, **_):
     """MiLoRA (arXiv 2406.09044): κB0A0 = the r smallest singular components of W0."""
-    check_rank(r, W0)
     U, S, Vh = svd(W0)
     return even_split(W0, U[:, -r:], S[-r:], Vh[-r:], scale)
 
@@ -55,7 +58,6 @@ def corda_start(W0, C_pre, r, scale=1.0, damping=0.01, **_):
     """CorDA, knowledge-preserved (arXiv 2406.05223): κB0A0 = the r smallest components of W0 C,
     times C⁻¹, with C = C_pre + damping · mean diag(C_pre) · I. The unit of C_pre decides how B0 and
     A0 share them."""
-    check_rank(r, W0)
     C_pre = C_pre.double()
     C = C_pre + damping * C_pre.diagonal().mean() * torch.eye(len(C_pre)).to(C_pre)
     U, S, Vh = svd(W0.double() @ C)
@@ -74,7 +76,6 @@ def lora_null_start(W0, C_pre, r, scale=1.0, **_):
 def sc_lora_start(W0, C_pre, C_task, r, scale=1.0, beta=0.5, **_):
     """SC-LoRA (arXiv 2505.23724): B0 = Q/κ, A0 = QᵀW0, Q the r leading eigenvectors of the outputs'
     (1 - β) S_task - β S_pre, where outputs W0 x have the second moment S = W0 C W0ᵀ."""
-    check_rank(r, W0)
     W = W0.double()
     _, Q = torch.linalg.eigh(W @ ((1 - beta) * C_task - beta * C_pre).double() @ W.T)  # ascending
     Q = Q[:, -r:]
@@ -132,6 +133,7 @@ def kl_penalty(P, G, S, C):
 
 
 def fisher(S_pre, C_pre):
+    """K-FAC's own S and C, unchanged."""
     return S_pre, C_pre
 
 
@@ -299,8 +301,8 @@ ALIASES = MappingProxyType({
 
 
 def default_rate(method, rank):
-    """The method's own rate. The higher its rank, the lower the rates at which an adapter learns:
-    in the sweeps of docs/results.md by rank^-¾ for FoLoRA, by rank^-½ for LoRA."""
+    """The method's own rate. Adapters of higher rank learn at lower rates: in the sweeps of
+    docs/results.md by rank^-¾ for FoLoRA, by rank^-½ for LoRA; all take ¾ here."""
     return float(f"{method.lr * (8 / max(1, rank)) ** 0.75:.2g}") if method.start else method.lr
 
 

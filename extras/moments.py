@@ -10,6 +10,12 @@ from folora import SecondMoment
 from model import block_linears
 
 
+def input_twin(model, name):
+    """The first layer that reads the same input as layer `name`: often itself."""
+    block, _, last = name.rpartition(".")
+    return f"{block}.{model.same_input.get(last, last)}"
+
+
 @contextlib.contextmanager
 def forward_hooks(layers, callback, outputs=False):
     """Call callback(name, input) before each of {name: layer} runs, or callback(name, output) after

@@ -10,7 +10,8 @@ from extras.baselines import kaiming_start
 from extras.llama import Llama, LlamaConfig
 from extras.machine import pick_device
 from folora import SAdam, damped
-from model import GPT, add_lora, input_twin
+from extras.moments import input_twin
+from model import GPT, add_lora
 
 
 def seconds_of(work):

@@ -216,7 +216,7 @@ def time_sampling(s):
         sample = functools.partial(as_transformers(model).eval().generate, do_sample=True,
                                    max_new_tokens=s.new_tokens, eos_token_id=None, pad_token_id=0)
         settings = collections.Counter(zip(*(column.tolist() for column in decoding)))
-        works["settings"] = lambda: [sample(start[:rows], temperature=t, top_p=p, top_k=k)
+        works["settings"] = lambda: [sample(start[:rows], temperature=t, top_p=p, top_k=int(k))
                                      for (t, p, k), rows in settings.items()]
         works["plain"] = lambda: sample(start, top_k=0)
     found = interleaved(s.rounds, **works)

@@ -50,11 +50,6 @@ def test_an_exact_duplicate_is_rejected():
     assert calibrate.rejection([1, 2, 3, 5], seen, LIMITS) is None
 
 
-def test_longest_run():
-    runs = [calibrate.longest_run(tokens) for tokens in ([], [5], [7, 7, 7, 2], [1, 2, 2])]
-    assert runs == [0, 1, 3, 2]
-
-
 def test_samples_repeat_by_seed_and_pass_the_filters(capsys):
     a, b, c = (calibrate.sample_proxy(tiny_model(), 30, 0, LIMITS, 3, 10, seed=seed, batch=20)
                for seed in (1, 1, 2))

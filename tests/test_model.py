@@ -6,7 +6,7 @@ from hypothesis import given, strategies as st
 
 from extras.moments import forward_hooks
 from model import (GPT, GPTConfig, LoRALinear, add_lora, block_linears, causal_attention,
-                   filter_top_k_top_p, generate, lora_parameters, merge_lora, remove_lora)
+                   filter_top_k_top_p, generate, lora_parameters, merge_lora)
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 prompts_of_any_length = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=10),
@@ -212,7 +212,7 @@ def test_merged_is_unmerged_and_removed_is_the_base(seed):
     assert model.state_dict().keys() == micro().state_dict().keys()
     again, _, _ = with_lora(seed)
     again.load_state_dict(adapted)
-    remove_lora(again)
+    merge_lora(again, learned=False)
     assert not block_linears(again, LoRALinear)
     assert all(torch.allclose(a, b, atol=1e-5)
                for a, b in zip(again.state_dict().values(), micro().state_dict().values()))

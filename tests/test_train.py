@@ -41,11 +41,11 @@ def any_precision(monkeypatch):
 # ------------------------------------------------------------------------------------------------
 # The loop
 
-def test_learning_rate_by_hand():
+def test_the_rate_by_hand():
     """Up over the warm-up, then down to zero along a line or a cosine."""
-    line = [train.learning_rate(step, 6, 2, "linear") for step in range(6)]
+    line = [train.rate_factor(step, 6, 2, "linear") for step in range(6)]
     assert line == [0.5, 1, 1, 0.75, 0.5, 0.25]
-    assert train.learning_rate(4, 6, 2, "cosine") == pytest.approx(0.5)
+    assert train.rate_factor(4, 6, 2, "cosine") == pytest.approx(0.5)
 
 
 def test_loop_by_hand(monkeypatch):
@@ -92,7 +92,7 @@ def test_an_interrupted_run_continues_exactly(out, monkeypatch, capsys, stage, o
     file = train.main(arguments) or out / "foundation.pt"
     whole = torch.load(file, weights_only=True)
     file.unlink()
-    steps, rate, save = [], train.learning_rate, train.save_resume_state
+    steps, rate, save = [], train.rate_factor, train.save_resume_state
 
     def counted(step, *more):
         steps.append(step)
@@ -103,7 +103,7 @@ def test_an_interrupted_run_continues_exactly(out, monkeypatch, capsys, stage, o
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "SAVE_EVERY", -1)
-    monkeypatch.setattr(train, "learning_rate", counted)
+    monkeypatch.setattr(train, "rate_factor", counted)
     with monkeypatch.context() as patch:
         patch.setattr(train, "save_resume_state", save_and_stop)
         for done in 1, 2:
@@ -349,7 +349,7 @@ def test_penalty_is_measured_on_the_samples_themselves(out, method):
             S[name] += output.grad[0].T @ output.grad[0]
     expected = 0
     for name, layer in block_linears(model, LoRALinear).items():
-        dW = layer.to_linear(merged=True).weight - layer.to_linear(merged=False).weight
+        dW = layer.to_linear(learned=True).weight - layer.to_linear(learned=False).weight
         C_pre = calibration["layers"][name]["C_pre"].float()  # compared in test_calibrate
         expected += 3 / 2 * (S[name] / tokens @ dW @ C_pre @ dW.T).trace()
     assert penalty(0).item() == pytest.approx(expected.item(), rel=1e-3)

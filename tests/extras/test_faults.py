@@ -54,12 +54,12 @@ def run_command(arguments, log, before, save_every):
     os.dup2(file, 2)
     sys.stdout.reconfigure(line_buffering=True)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also if the tests ignore it
-    rate, train.SAVE_EVERY = train.learning_rate, save_every
+    rate, train.SAVE_EVERY = train.rate_factor, save_every
 
-    def learning_rate(step, *more):
+    def rate_factor(step, *more):
         print(f"starts step {step}", flush=True)
         return rate(step, *more)
-    train.learning_rate = learning_rate
+    train.rate_factor = rate_factor
     before()
     print("begins", flush=True)
     command(lambda: MAINS[arguments[0]](arguments[1:]))

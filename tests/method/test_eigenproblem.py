@@ -172,7 +172,7 @@ unit, holed = torch.eye(2), torch.tensor([[1.0, 0.0], [0.0, math.nan]])
     (torch.ones(3, 2), torch.ones(2, 3), "H has shape"), (unit, torch.ones(2, 3), "must be square"),
     (holed, unit, "C_task holds NaN"), (unit, holed, "H holds NaN"),
     (unit / 0, unit, "C_task holds NaN or inf"), (unit, -unit, "H is not positive"),
-    (unit, 0 * unit, "H is not positive definite; use a larger tau")])
+    (unit, 0 * unit, "H is not positive definite, or nearly singular; use a")])
 def test_what_cannot_be_solved_is_refused_by_name(C_task, H, message):
     """C_task and H must be finite, square, of one size, and H positive definite (Eq. 17)."""
     with pytest.raises(ValueError, match=message):

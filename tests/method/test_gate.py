@@ -1,6 +1,6 @@
 """Eq. 22: how much of its step each direction may take.
 
-The gate is max(γ/(γ + λ), s_min): one half at the break-even γ = λ, never below s_min, never above 1,
+The gate is max(γ/(γ + λ), s_min): one half where γ = λ, never below s_min, never above 1,
 and monotone in γ, λ and s_min. Where the task's text is the base model's own, no direction gets more
 than half of its step.
 """
@@ -19,7 +19,7 @@ lams, floors = st.floats(1e-3, 1e3), st.floats(0, 0.999)
 
 @given(gammas, lams, floors)
 def test_the_gate_is_equation_22(gamma, lam, s_min):
-    """s̃ = max(γ/(γ+λ), s_min), in [s_min, 1), and 1/2 at the break-even γ = λ."""
+    """s̃ = max(γ/(γ+λ), s_min), in [s_min, 1), and 1/2 where γ = λ."""
     gate = spectral_gate(gamma, lam, s_min)
     expected = [max(g / (g + lam), s_min) for g in gamma.tolist()]
     assert gate.tolist() == pytest.approx(expected, rel=1e-14)

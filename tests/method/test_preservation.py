@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch.nn.functional import cross_entropy, softplus
 
-from folora import (SAdam, forgetting_penalty, leading_start, null_space_start, solve_layer,
-                    spectral_gate)
+from extras.baselines import leading_start
+from folora import SAdam, forgetting_penalty, null_space_start, solve_layer, spectral_gate
 from matrices import adapted, blocks, close, second_moment, spectral_norm
 
 

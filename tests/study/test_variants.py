@@ -67,7 +67,7 @@ def test_the_tangent_is_linear_in_what_is_learned(block):
     dW = 0.5 * (B0 @ dA + dB @ A0)
     x = randn(7, len(X))
     assert close(layer(x), x @ (W0 + dW).T + layer.bias, 1e-11)
-    assert close(layer.to_linear(merged=True).weight, W0 + dW, 1e-11)
+    assert close(layer.to_linear(learned=True).weight, W0 + dW, 1e-11)
     P, G = layer.delta_factors()
     assert (P @ G - dW).norm() <= 1e-11 * (1 + P.norm() * G.norm())
 
