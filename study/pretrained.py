@@ -34,10 +34,11 @@ ITEMS, TEXT_ROWS = 60, 16  # evaluated
 POOL, SHOTS = 600, 3       # questions asked to find known ones, each after examples of its kind
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
-SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-questions", 32): 3, ("lora", 8): 6,
-         ("folora", 8): 6, ("sadam-full", 0): -1, ("lora-kl", 32): 5, ("replay", 32): 5,
-         ("lora-null", 32): 3}
+SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4,
+         ("folora-questions", 32): 3, ("lora", 8): 6, ("folora", 8): 6, ("sadam-full", 0): -1,
+         ("lora-kl", 32): 5, ("replay", 32): 5, ("lora-null", 32): 3}
 MAIN = 3  # of these, how many are run first
+PULL = 60  # 10 as on the small models, times 576 / 96, since the rates are divided by that
 # "folora-questions" is folora, calibrated on samples of which every second one is a question
 QUESTIONS = ["calibration-questions", "--begin", "", "Question:"]
 MADE = ("sums", "copying")  # kinds of questions that are in no file
@@ -168,7 +169,7 @@ def do(run, path, out, score, identity):
         adapter = train.main([
             "adapt", *common, "--method", method, "--rank", str(run.rank or 8), "--lr",
             f"{run.rate:g}", "--seed", str(run.seed), "--steps", str(STEPS), "--batch", str(BATCH),
-            "--calibration", name])
+            "--calibration", name, "--pull", f"{PULL if 'pull' in method else 10}"])
         found = score(load_adapter(adapter, out, pick_device()))
         if not run.rank:
             adapter.unlink()
