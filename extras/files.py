@@ -18,7 +18,7 @@ from extras.bpe import ByteLevelBPE
 from extras.llama import Llama, LlamaConfig
 from extras.baselines import protect
 from extras.machine import barrier, rank_and_world
-from model import GPT, GPTConfig, add_lora, block_linears, merge_lora
+from model import GPT, GPTConfig, add_lora, merge_lora
 
 try:
     import fcntl
@@ -195,7 +195,6 @@ def load_resume_state(partial, settings, trained, optimizers):
     with friendly_errors(partial, "delete it; the same command then starts anew"), torch.no_grad():
         if state["settings"] != settings:
             return []
-        check_tensors(state["parameters"], trained)
         for name, p in trained.items():
             p.copy_(state["parameters"][name])
     for optimizer, saved in zip(optimizers, state["optimizers"]):
@@ -208,22 +207,17 @@ def load_foundation(out, device):
     """(GPT or Llama, fingerprint of its weights). A tokenizer that came with the weights becomes
     one of tasks.ENCODINGS."""
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
-    advice = f"delete it and make it again with: {made_by}"
     saved = load(path, "foundation", made_by)
-    with friendly_errors(path, advice):
+    with friendly_errors(path, f"delete it and make it again with: {made_by}"):
         config = saved["settings"]["config"]
-        kind, config = ((Llama, LlamaConfig(**config)) if "n_kv_head" in config else
-                        (GPT, GPTConfig(**config)))
-        with torch.device("meta"):
-            check_tensors(saved["model"], kind(config).state_dict())
-        if "tokenizer" in saved and config.encoding not in tasks.ENCODINGS:
-            tasks.ENCODINGS[config.encoding] = ByteLevelBPE(config.encoding, saved["tokenizer"])
-    encoding = tasks.get_encoding(config.encoding)
-    if encoding.n_vocab > config.vocab_size:
-        raise ValueError(f"{path} has {config.vocab_size} tokens, too few for {config.encoding}; "
-                         f"{advice}")
-    model = kind(config)
-    model.load_state_dict(saved["model"])
+        model = (Llama(LlamaConfig(**config)) if "n_kv_head" in config else
+                 GPT(GPTConfig(**config)))
+        model.load_state_dict(saved["model"])
+        name, tokens = model.config.encoding, model.config.vocab_size
+        if "tokenizer" in saved and name not in tasks.ENCODINGS:
+            tasks.ENCODINGS[name] = ByteLevelBPE(name, saved["tokenizer"])
+    if tasks.get_encoding(name).n_vocab > tokens:
+        raise ValueError(f"{path} has {tokens} tokens, too few for {name}")
     return model.to(device).eval(), fingerprint(saved["model"])
 
 
@@ -238,20 +232,10 @@ def load_adapter(path, out, device, merge=True):
         if settings["foundation"] != foundation:
             raise ValueError("it belongs to another foundation")
         if any("lora_" in name for name in changed):
-            layers = add_lora(model, settings["rank"], settings["scale"])
-            for name, layer in layers.items():
+            for name, layer in add_lora(model, settings["rank"], settings["scale"]).items():
                 if f"{name}.lora_U" in changed:
-                    k = min(changed[f"{name}.lora_U"].shape[1], *layer.weight.shape)
-                    protect(layer, *(layer.weight.new_zeros(d, k) for d in layer.weight.shape))
-            expected = {name: t for name, t in model.state_dict().items() if "lora_" in name}
-            check_tensors(changed, expected)
-            for name, layer in layers.items():
+                    protect(layer, *(changed[f"{name}.lora_{X}"].to(device) for X in "UV"))
                 layer.init_from(changed[f"{name}.lora_A0"], changed[f"{name}.lora_B0"])
-        else:  # full weights: the blocks' matrices alone, or all parameters
-            matrices = {f"{name}.weight" for name in block_linears(model)}
-            names = matrices if changed.keys() == matrices else dict(model.named_parameters())
-            state = model.state_dict()
-            check_tensors(changed, {name: state[name] for name in names})
         model.load_state_dict(changed, strict=False)
     if merge:
         merge_lora(model)
