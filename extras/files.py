@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import pathlib
-import struct
 import zipfile
 
 import torch
@@ -90,12 +89,10 @@ def atomic_write(path, write):
 @contextlib.contextmanager
 def friendly_errors(path, advice):
     """Whatever is wrong with a file becomes a ValueError of one line: file, reason, advice."""
-    if not path.is_file():  # opening a pipe would wait for ever
-        raise ValueError(f"{path} cannot be read (it is missing, or not a file); {advice}")
     try:
         yield
     except Exception as error:
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        kind = "" if isinstance(error, (ValueError, OSError)) else f"{type(error).__name__}: "
         raise ValueError(f"{path} cannot be read ({kind}{' '.join(str(error).split())[:150]}); "
                          f"{advice}") from None
 
@@ -104,33 +101,11 @@ def friendly_errors(path, advice):
 # Checkpoints
 
 def check_finite(content, name=""):
-    """The content, if all tensors in its nested dicts and lists are finite; ValueError names one
-    that is not."""
-    if torch.is_tensor(content):
-        if not torch.isfinite(content).all():
-            raise ValueError(f"{name} holds NaN or infinity")
-    elif isinstance(content, (dict, list, tuple)):
-        pairs = content.items() if isinstance(content, dict) else enumerate(content)
-        for key, part in pairs:
-            check_finite(part, f"{name} {key}".strip())
-    return content
-
-
-def load_tensors(path):
-    """What torch.save wrote, tensors and plain values only, all finite."""
-    return check_finite(torch.load(path, map_location="cpu", weights_only=True))
-
-
-def check_tensors(found, expected):
-    """ValueError names a tensor that is missing, unknown, or of another shape or type than
-    expected; both are {name: tensor}."""
-    for name in sorted(found.keys() ^ expected.keys(), key=str):
-        raise ValueError(f"{name} is {'missing' if name in expected else 'unknown'}")
-    for name, own in expected.items():
-        shape, dtype = tuple(found[name].shape), found[name].dtype
-        if (shape, dtype) != (tuple(own.shape), own.dtype):
-            raise ValueError(f"{name} has the shape {shape} and type {dtype}; {tuple(own.shape)} "
-                             f"and {own.dtype} would be right")
+    """ValueError names a tensor in nested dicts that is not finite."""
+    if torch.is_tensor(content) and not torch.isfinite(content).all():
+        raise ValueError(f"{name} holds NaN or infinity")
+    for key, part in content.items() if isinstance(content, dict) else ():
+        check_finite(part, f"{name} {key}".strip())
 
 
 def save(path, content):
@@ -147,7 +122,7 @@ def load(path, kind, made_by):
         with zipfile.ZipFile(path) as file:
             if file.testzip():
                 raise ValueError("a checksum does not fit: it is damaged")
-        content = load_tensors(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("kind") != kind:
             raise ValueError(f"it is not a {kind} of this project")
     return content
@@ -289,19 +264,37 @@ def write_json(path, content):
 def read_safetensors(path):
     """{name: tensor} of a .safetensors file: eight bytes for the length of a JSON header, which
     gives each tensor's type, shape and place, then the raw little-endian tensors."""
-    dtypes = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
-              "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I8": torch.int8,
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
               "U8": torch.uint8, "BOOL": torch.bool}
     content = bytearray(path.read_bytes())
-    start = 8 + struct.unpack("<Q", content[:8])[0]
+    start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in dtypes:
-            raise ValueError(f"{name} has the type {entry['dtype']}, which is not supported")
         first, last = entry["data_offsets"]
-        raw = content[start + first:start + last] or bytearray(1)
-        raw = torch.frombuffer(raw, dtype=torch.uint8)[:last - first]
-        tensors[name] = raw.view(dtypes[entry["dtype"]]).reshape(entry["shape"])
+        raw = torch.frombuffer(content[start + first:start + last], dtype=dtypes[entry["dtype"]])
+        tensors[name] = raw.reshape(entry["shape"])
     return tensors
+
+
+def weight_files(folder):
+    """A folder's file of weights, or those that its index lists; else the one to be missed."""
+    for name in "model.safetensors", "pytorch_model.bin":
+        if (folder / name).is_file():
+            return [folder / name]
+    for index in sorted(folder.glob("*.index.json")):
+        with friendly_errors(index, "give a complete folder"):
+            names = json.loads(index.read_bytes())["weight_map"].values()
+            return [folder / name for name in sorted(set(names))]
+    return [folder / "model.safetensors"]
+
+
+def read_weights(path):
+    """{name: tensor} of a .safetensors or .bin file, or of a folder in Hugging Face's layout."""
+    weights = {}
+    for file in weight_files(path) if path.is_dir() else [path]:
+        with friendly_errors(file, "give a complete model in GPT-2's or Llama's layout"):
+            weights |= (read_safetensors(file) if file.suffix == ".safetensors" else
+                        torch.load(file, map_location="cpu", weights_only=True))
+    return weights

