@@ -24,7 +24,7 @@ from extras.files import (cached_json, fingerprint, load_adapter, load_foundatio
 from extras.machine import Progress, pick_device, set_precision
 from extras.machine import describe as describe_machine
 from extras.tables import markdown
-from extras.user_data import evaluation_items, open_file, read_text, read_texts
+from extras.user_data import evaluation_items, read_text, read_texts
 from model import generate
 
 MAIN_JOB = ["lora", "folora", "folora-pull-back"]  # its methods
@@ -215,7 +215,7 @@ def main(argv=None):
     for file in args.keep:
         if not file.endswith((".jsonl", ".txt")):
             raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
-        open_file(file).close()
+        open(file, "rb").close()
     return main_job(args)
 
 

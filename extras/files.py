@@ -130,12 +130,10 @@ def load(path, kind, made_by):
 
 def is_up_to_date(path, kind, settings):
     """Whether `path` holds a result for exactly these settings; prints it if so."""
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, where a file is to be written; move it away")
     try:
-        same = path.exists() and load(path, kind, "").get("settings") == settings
-    except ValueError:  # damaged: built again
-        same = False
+        same = load(path, kind, "")["settings"] == settings
+    except ValueError:  # missing or damaged: built again
+        return False
     if same:
         print(f"{path} is up to date")
     return same

@@ -1,6 +1,5 @@
 """Users' own files: JSONL rows as task items, text files to pretrain on."""
 import functools
-import io
 import itertools
 import json
 import pathlib
@@ -12,20 +11,13 @@ import numpy as np
 import tasks
 from tasks import EOT, HELD_OUT, QUESTION, TEMPLATE, Item, final_number, fingerprint, response_row
 
-LONGEST_ROW, LONGEST_TEXT = 2 ** 20, 2 ** 22  # bytes, characters
+LONGEST_TEXT = 2 ** 22  # characters
 FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
-
-
-def open_file(path):
-    """A user's file, as bytes; ValueError if it is none. (Opening a pipe would wait for ever.)"""
-    if not pathlib.Path(path).is_file():
-        raise ValueError(f"{path} is missing, or not a file")
-    return open(path, "rb")
 
 
 def read_text(path):
     """A text file's first LONGEST_TEXT characters: more than any evaluation asks for."""
-    with io.TextIOWrapper(open_file(path), "utf8", "replace") as f:
+    with open(path, encoding="utf8", errors="replace") as f:
         return f.read(LONGEST_TEXT)
 
 
@@ -82,17 +74,12 @@ def file_items(path, skip_bad=False):
     `skip_bad` leaves bad rows out and prints how many. Unless every item has a check, all are
     scored by likelihood."""
     items, bad, first = [], 0, ""
-    with open_file(path) as lines:
-        rows = iter(lambda: lines.readline(LONGEST_ROW), b"")
-        for number, line in enumerate(rows, 1):
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
             where = f"{path}, line {number}"
             if not line.strip():
                 continue
             try:
-                if len(line) == LONGEST_ROW:
-                    while not line.endswith(b"\n") and (line := lines.readline(LONGEST_ROW)):
-                        pass
-                    raise ValueError(f"a row must be shorter than {LONGEST_ROW:,} bytes")
                 items.append(replace(item_from_row(json.loads(line)), where=where))
             except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, not a task's row
                 bad, first = bad + 1, first or f"{where}: {error}"
