@@ -17,7 +17,6 @@ import torch
 import calibrate
 import tasks
 import train
-from extras.baselines import find_method
 from extras.cli import Parser, add_common, add_task, command
 from extras.files import (cached_json, fingerprint, load_adapter, load_foundation, task_folder,
                           write_json)
@@ -150,7 +149,6 @@ def main_job(args):
     set_precision(args.precision)
     began, device, out = time.time(), pick_device(), ["--out", args.out]
     # parse all stages' options and read the user's files first: mistakes show before any work
-    args.methods = [find_method(name)[0] for name in args.methods]
     evaluation_items(args.task, args.split, 1, args.eval, args.keep, args.skip_bad)
     common = [*out, *(["--precision", args.precision] if args.precision else [])]
     task = ["--task", args.task, *(["--skip-bad"] if args.skip_bad else []), *common]

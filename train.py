@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, added_loss, default_rate, find_method, protect
+from extras.baselines import METHODS, added_loss, default_rate, protect
 from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (atomic_write, build_if_stale, fingerprint, load_calibration,
@@ -197,7 +197,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
     run's adapter.pt is up to date; returns its path. `loop` does what training_loop does."""
     set_precision(args.precision)
     # Load the task, the foundation, and what calibrate.py measured (the README's step 1).
-    device, (args.method, method) = pick_device(), find_method(args.method, methods)
+    device, method = pick_device(), methods[args.method]
     args.lr = default_rate(method, args.rank) if args.lr is None else args.lr
     items = load_items(args.task, "train", args.examples, args.skip_bad)
     model, foundation = load_foundation(args.out, device)

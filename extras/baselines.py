@@ -4,7 +4,6 @@ import copy
 import math
 import random
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Callable
 
 import torch
@@ -262,7 +261,7 @@ class Method:
 # Default rates: in sweeps of 200 steps at rank 8 each reached 80 % of LoRA's best validation score
 # on all three tasks, where any rate did (otherwise 8e-3); here √2 smaller, as there are 400 steps.
 # How folora-pull-back's was set: docs/results.md.
-METHODS = MappingProxyType({
+METHODS = {
     "full": Method(None, lr=2.5e-4, source="-"),
     "lora": Method(source="2106.09685"),
     "pissa": Method(pissa_start, lr=2e-3, source="2404.02948"),
@@ -292,23 +291,10 @@ METHODS = MappingProxyType({
     "lora-kl-leading": Method(leading_start, penalty=fisher, needs_moments=True, lr=1.1e-2),
     "lora-kl-leading-replay": Method(leading_start, penalty=fisher, rehearsal=replay_loss,
                                      needs_moments=True),
-})
-# earlier names, for results on disk
-ALIASES = MappingProxyType({
-    "folora-top": "folora-leading", "folora-half": "folora-truncated", "folora-full": "sadam-full",
-    "folora-full-half": "sadam-full-truncated", "folora-kl": "lora-kl-leading",
-    "folora-kl-replay": "lora-kl-leading-replay"})
+}
 
 
 def default_rate(method, rank):
     """The method's own rate. Adapters of higher rank learn at lower rates: in the sweeps of
     docs/results.md by rank^-¾ for FoLoRA, by rank^-½ for LoRA; all take ¾ here."""
     return float(f"{method.lr * (8 / max(1, rank)) ** 0.75:.2g}") if method.start else method.lr
-
-
-def find_method(name, methods=METHODS):
-    """(canonical name, Method); ValueError lists the names there are."""
-    name = ALIASES.get(name, name)
-    if name not in methods:
-        raise ValueError(f"unknown method {name!r}; the methods are {', '.join(methods)}")
-    return name, methods[name]

@@ -104,7 +104,8 @@ def train_parser(description, runs, pretrain_options, adapt_options, methods):
     a = commands.add_parser("adapt", help="fine-tune the foundation on a task",
                             epilog=method_table(methods))
     add_task(a)
-    a.add_argument("--method", default="folora", help=f"one of {', '.join(methods)}")
+    a.add_argument("--method", default="folora", choices=methods, metavar="METHOD",
+                   help=f"one of {', '.join(methods)}")
     a.add_argument("--lr", type=nonneg_float,
                    help="peak learning rate; default: the method's own, lower at higher ranks")
     add_options(a, adapt_options, ("steps", "batch", "examples"))

@@ -178,12 +178,6 @@ def test_the_same_job_twice_gives_the_same_files(tmp_path, monkeypatch):
     assert a == b and len(a) == 7
 
 
-def test_a_method_may_have_an_earlier_name(job, capsys):
-    results = main_job(job, "--task", "code", "--methods", "folora-top")
-    assert list(results) == ["foundation", "folora-leading"]
-    assert f"folora-leading-lr0.023-seed0{FOLDER}/adapter.pt is up to date" in capsys.readouterr().out
-
-
 def test_scores_are_made_again_when_weights_items_or_split_change(job, monkeypatch):
     made, evaluate = [], evaluation.evaluate
     monkeypatch.setattr(evaluation, "evaluate",
@@ -204,7 +198,7 @@ def test_scores_are_made_again_when_weights_items_or_split_change(job, monkeypat
     (["--keep", "/nowhere.txt"], "No such file or directory: '/nowhere.txt'"),
     (["--keep", "known.csv"], "keep is known.csv; it must be a .jsonl file of items or a .txt file"),
     (["--task", "magic"], "unknown task 'magic'"),
-    (["--methods", "lora", "magic"], "unknown method 'magic'; the methods are full, lora"),
+    (["--methods", "lora", "magic"], "argument --method: invalid choice: 'magic'"),
     (["--calibrate", "--samples 0"], "'0' is not a whole number of 1 or more"),
     (["--adapt", "--nonsense 1"], "unrecognized arguments: --nonsense 1"),
     (["--compare"], "unrecognized arguments: --compare"),

@@ -15,7 +15,7 @@ import calibrate
 import tasks
 import train
 from extras import machine
-from extras.baselines import ALIASES, METHODS, find_method, oplora_protected
+from extras.baselines import METHODS, oplora_protected
 from extras.cli import command
 from extras.files import fingerprint, load, load_adapter, load_calibration, load_foundation
 from extras.moments import forward_hooks
@@ -260,19 +260,6 @@ def test_a_run_is_named_by_what_is_not_at_its_default():
     assert name("--task some/own.jsonl --method lora") == "out/own/lora-lr0.01-seed0"
 
 
-def test_earlier_names_of_methods_are_accepted(out, capsys):
-    """The run is the method's: its folder, its default rate, its settings."""
-    path = train.main(f"adapt --task code --method folora-kl {ADAPT} --out {out}".split())
-    assert path.parent.name == f"lora-kl-leading-lr0.031-seed0{FOLDER}"
-    assert adapter(path)["settings"]["method"] == "lora-kl-leading"
-    train.main(f"adapt --task code --method lora-kl-leading {ADAPT} --out {out}".split())
-    assert f"{path} is up to date" in capsys.readouterr().out
-    for old, new in ALIASES.items():
-        assert find_method(old) == (new, METHODS[new])
-    with pytest.raises(ValueError, match="unknown method 'x'; the methods are full, lora, pissa"):
-        find_method("x")
-
-
 # ------------------------------------------------------------------------------------------------
 # adapt
 
@@ -409,7 +396,7 @@ def test_compiled_blocks_take_the_same_steps(out, monkeypatch, stage):
 
 @pytest.mark.parametrize("arguments, answer", [
     ("adapt --task poetry", "unknown task 'poetry'; the tasks are math, code, instruct"),
-    ("adapt --method magic", "unknown method 'magic'; the methods are full, lora, pissa"),
+    ("adapt --method magic", "argument --method: invalid choice: 'magic'"),
     ("adapt --method lora --rank 17", "rank is 17; a layer of"),
     ("adapt --method folora --rank 0", "rank is 0; a layer of"),
     ("adapt --method folora --lam 0", "lam is 0.0; λ must be a positive number"),
