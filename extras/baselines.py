@@ -146,15 +146,9 @@ def isotropic(S_pre, C_pre):
     return tuple(M.diagonal().mean() * torch.eye(len(M)).to(M) for M in (S_pre, C_pre))
 
 
-@dataclass
-class KLPenalty:
-    """step -> μ × estimated KL from the base model (nats/token)."""
-    mu: float
-    layers: list  # of (adapter, S, C); empty for a method without a penalty
-
-    def __call__(self, step):
-        return self.mu * sum(kl_penalty(*layer.delta_factors(), S, C)
-                             for layer, S, C in self.layers)
+def kl_term(mu, layers):
+    """step -> μ × estimated KL from the base model (nats/token); layers: [(adapter, S, C)]."""
+    return lambda step: mu * sum(kl_penalty(*layer.delta_factors(), S, C) for layer, S, C in layers)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -176,25 +170,19 @@ def distill_loss(model, base, x, y):
     return F.kl_div(found, target, log_target=True, reduction="batchmean")
 
 
-@dataclass
-class Rehearsal:
-    """step -> weight × loss (nats/token) on rows of base-model samples, drawn by the step alone."""
-    loss: Callable    # replay_loss or distill_loss
-    weight: float
-    samples: list     # of token lists without <|endoftext|>
-    rows: int
-    model: torch.nn.Module
-    base: torch.nn.Module | None  # the model as it started; distill_loss alone reads it
-    seed: int
+def rehearsal_term(loss, weight, samples, rows, model, base, seed):
+    """step -> weight × loss (nats/token) on rows of base-model samples (token lists without
+    <|endoftext|>), drawn by the step alone. base: the model as it started, for distill_loss."""
+    eot, most = tasks.get_encoding(model.config.encoding).eot_token, model.config.block_size + 1
 
-    def __call__(self, step):
-        eot = tasks.get_encoding(self.model.config.encoding).eot_token
-        chosen = random.Random(f"rehearse {self.seed} {step}").choices(self.samples, k=self.rows)
-        x, y = tasks.response_batch([([eot, *tokens][:self.model.config.block_size + 1], 1)
-                                     for tokens in chosen])  # every token is a target
-        device = self.model.lm_head.weight.device
+    def term(step):
+        chosen = random.Random(f"rehearse {seed} {step}").choices(samples, k=rows)
+        targets = [([eot, *tokens][:most], 1) for tokens in chosen]  # every token is one
+        x, y = tasks.response_batch(targets)
+        device = model.lm_head.weight.device
         with autocast(device):
-            return self.weight * self.loss(self.model, self.base, x.to(device), y.to(device))
+            return weight * loss(model, base, x.to(device), y.to(device))
+    return term
 
 
 def added_loss(method, model, layers, calibration, args):
@@ -204,13 +192,13 @@ def added_loss(method, model, layers, calibration, args):
     for name, layer in layers.items() if method.penalty else ():
         S, C = (calibration["layers"][name][key].to(layer.weight) for key in ("S_pre", "C_pre"))
         penalised.append((layer, *method.penalty(S, C)))
-    penalty = KLPenalty(args.mu, penalised)
+    penalty = kl_term(args.mu, penalised)
     if not method.rehearsal:
         return penalty
     samples = [[t for t in row if t >= 0] for row in calibration["samples"].tolist()]
     base = copy.deepcopy(model).requires_grad_(False) if method.rehearsal is distill_loss else None
-    rehearsal = Rehearsal(method.rehearsal, args.rehearsal, samples, max(1, args.batch // 4), model,
-                          base, args.seed)
+    rehearsal = rehearsal_term(method.rehearsal, args.rehearsal, samples, max(1, args.batch // 4),
+                               model, base, args.seed)
     return lambda step: penalty(step) + rehearsal(step)
 
 

@@ -276,7 +276,7 @@ def test_a_caller_may_run_the_steps_itself(out):
     assert saved.keys() == {"kind", "settings", "changed", "losses"} and len(saved["losses"]) == 2
     assert given["settings"] == saved["settings"] and given["parts"] == 2
     assert given["partial"] == path.with_name("adapter.partial") and len(given["optimizers"]) == 1
-    assert given["penalty"].layers and [len(t) for t in given["batch"](0)] == [4, 4]
+    assert given["penalty"](0) is not None and [len(t) for t in given["batch"](0)] == [4, 4]
 
 
 @pytest.mark.parametrize("method", ["full", "sadam-full", "folora-truncated", "lora-null-v2",

@@ -15,11 +15,11 @@ from hypothesis import given, strategies as st
 import tasks
 import train
 from calibrate import second_moments
-from extras.baselines import (METHODS, KLPenalty, Rehearsal, corda_start, default_rate,
-                              diagonal, distill_loss, fisher, isotropic,
-                              kaiming_start, kl_penalty, leading_start, lora_null_start,
-                              milora_start, oplora_protected, pissa_start, protect, replay_loss,
-                              sadam, sc_lora_start, truncated)
+from extras.baselines import (METHODS, corda_start, default_rate, diagonal, distill_loss, fisher,
+                              isotropic, kaiming_start, kl_penalty, kl_term, leading_start,
+                              lora_null_start, milora_start, oplora_protected, pissa_start,
+                              protect, rehearsal_term, replay_loss, sadam, sc_lora_start,
+                              truncated)
 from folora import (SAdam, damped, forgetting_penalty, null_space_start, solve_layer,
                     spectral_gate)
 from matrices import (EPS, adapted, blocks, close, cond, decomposed, eye, f64, invertible, kappas,
@@ -304,7 +304,7 @@ def test_a_models_penalty_is_mu_times_the_sum_over_its_layers(block, mu):
     W0, _, X, r, randn = block
     S, C = second_moment(randn(len(W0), 9)), second_moment(X)
     layers = [adapted(W0, *null_space_start(W0, C, r, 0.5), 0.5) for _ in range(2)]
-    penalty = KLPenalty(mu, [(layer, *fisher(S, C)) for layer in layers])
+    penalty = kl_term(mu, [(layer, *fisher(S, C)) for layer in layers])
     start = penalty(0)
     expected = 0
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_a_models_penalty_is_mu_times_the_sum_over_its_layers(block, mu):
                      * torch.cat([layer.lora_B, layer.lora_B0]).norm()) ** 2 for layer in layers)
     error = 1e-12 * size * S.norm() * C.norm()
     assert start.abs() <= error and (penalty(0) - expected).abs() <= error
-    assert KLPenalty(mu, [])(0) == 0
+    assert kl_term(mu, [])(0) == 0
 
 
 @given(spd_pairs(), small, small, seeds)
@@ -336,9 +336,11 @@ def test_ewc_and_l2_sp_by_their_formulas(pair, d_out, k, seed):
 # ------------------------------------------------------------------------------------------------
 # Rehearsal
 
+SAMPLES = torch.randint(0, 31, (9, 12), generator=torch.Generator().manual_seed(1)).tolist()
+
+
 def rehearsal(loss, weight=1.0, model=None, rows=4, seed=0):
-    samples = torch.randint(0, 31, (9, 12), generator=torch.Generator().manual_seed(1)).tolist()
-    return Rehearsal(loss, weight, samples, rows, model or micro(), micro(), seed)
+    return rehearsal_term(loss, weight, SAMPLES, rows, model or micro(), micro(), seed)
 
 
 def with_lora(randn=None):
@@ -371,17 +373,17 @@ def test_distillation_starts_without_loss_or_gradient(bytes_of_31):
 def test_distillation_is_the_kl_from_the_base_model(bytes_of_31):
     """Σ p (log p - log q) per token, over all tokens of the rows that have one before them."""
     model, base = with_lora(normal(0)), micro()
-    term = rehearsal(distill_loss, model=model, rows=3)
-    x, y = rows_of(term, 5)
+    x, y = rows_of(5, rows=3)
     log_p, log_q = (torch.log_softmax(m(x), -1)[y != -100] for m in (base, model))
     expected = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
-    assert term(5).item() == pytest.approx(expected.item(), rel=1e-4)
+    found = rehearsal(distill_loss, model=model, rows=3)(5)
+    assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-def rows_of(term, step):
+def rows_of(step, **options):
     """The batch of a step."""
     seen = []
-    dataclasses.replace(term, loss=lambda model, base, x, y: seen.append((x, y)) or 0)(step)
+    rehearsal(lambda model, base, x, y: seen.append((x, y)) or 0, **options)(step)
     return seen[0]
 
 
@@ -390,7 +392,7 @@ def test_replay_has_the_share_of_the_loss_that_its_weight_says(bytes_of_31):
     weight / (1 + weight), whatever the number of rows and tokens."""
     once, thrice = (rehearsal(replay_loss, weight)(2).item() for weight in (1, 3))
     assert thrice == pytest.approx(3 * once, rel=1e-6)
-    x, y = rows_of(rehearsal(replay_loss), 2)
+    x, y = rows_of(2)
     expected = torch.nn.functional.cross_entropy(micro()(x).flatten(0, 1), y.flatten())
     assert once == pytest.approx(expected.item(), rel=1e-5)
     assert once / (once + expected.item()) == pytest.approx(1 / 2, rel=1e-5)
@@ -398,12 +400,11 @@ def test_replay_has_the_share_of_the_loss_that_its_weight_says(bytes_of_31):
 
 def test_rehearsed_rows_depend_on_the_step_and_the_seed_alone(bytes_of_31):
     """Whole samples after <|endoftext|>, every token of which is a target."""
-    term = rehearsal(replay_loss)
-    (x, y), (again, _), (other, _) = (rows_of(term, step) for step in (3, 3, 4))
+    (x, y), (again, _), (other, _) = (rows_of(step) for step in (3, 3, 4))
     assert torch.equal(x, again) and not torch.equal(x, other)
-    assert not torch.equal(x, rows_of(dataclasses.replace(term, seed=1), 3)[0])
+    assert not torch.equal(x, rows_of(3, seed=1)[0])
     for inputs, targets in zip(x.tolist(), y.tolist()):
-        assert inputs[0] == 30 and targets in term.samples and inputs[1:] == targets[:-1]
+        assert inputs[0] == 30 and targets in SAMPLES and inputs[1:] == targets[:-1]
 
 
 # ------------------------------------------------------------------------------------------------
