@@ -20,20 +20,13 @@ def input_twin(model, name):
 def forward_hooks(layers, callback, outputs=False):
     """Call callback(name, input) before each of {name: layer} runs, or callback(name, output) after
     it. The hooks are removed afterwards, also after an error."""
-    def hook(layer, name):
-        def before(module, args):
-            callback(name, args[0])
-
-        def after(module, args, output):
-            callback(name, output)
-        return (layer.register_forward_hook(after) if outputs
-                else layer.register_forward_pre_hook(before))
-    handles = [hook(layer, name) for name, layer in layers.items()]
-    try:
+    with contextlib.ExitStack() as handles:
+        for name, layer in layers.items():
+            def hook(module, args, *output, name=name):
+                callback(name, output[0] if outputs else args[0])
+            register = layer.register_forward_hook if outputs else layer.register_forward_pre_hook
+            handles.enter_context(register(hook))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def batches_of(model, rows, batch):
@@ -51,15 +44,10 @@ def batches_of(model, rows, batch):
 
 
 def means_of(moments):
-    """{layer: mean} of {layer: SecondMoment}; ValueError names a layer whose mean is not finite."""
-    means = {}
-    for name, moment in moments.items():
+    """{layer: mean} of {layer: SecondMoment}, over all processes."""
+    for moment in moments.values():
         all_reduce_sum([moment.total, moment.tokens])
-        try:
-            means[name] = moment.mean()
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}")
-    return means
+    return {name: moment.mean() for name, moment in moments.items()}
 
 
 def gradient_moments(model, rows, batch=32, moments_device=None):
