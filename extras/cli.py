@@ -47,17 +47,12 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, least):
     """The argparse type of finite numbers not below `least`."""
-    most = 2 ** 63 - 1 if kind is int else sys.float_info.max
-
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not least <= value <= most:
-            raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a {'whole ' * (kind is int)}"
-                                             f"number of {least} or more")
+        value = kind(text)
+        if not least <= value < (2 ** 63 if kind is int else math.inf):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {least} or more")
         return value
+    parse.__name__ = kind.__name__  # argparse: invalid int value: 'x'
     return parse
 
 

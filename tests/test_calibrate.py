@@ -257,7 +257,7 @@ def test_a_calibration_of_another_foundation_is_refused(out, capsys):
 @pytest.mark.parametrize("arguments, answer", [
     ("--task poetry", "unknown task 'poetry'"),
     ("--name calibration/../x", "name is 'calibration/../x'; it must be like calibration"),
-    ("--samples 0", "'0' is not a whole number of 1 or more"), ("--max-new 999", "999 new ones do not"),
+    ("--samples 0", "'0' is not a number of 1 or more"), ("--max-new 999", "999 new ones do not"),
     ("--moments-device cuda", "argument --moments-device: invalid choice: 'cuda'"),
     ("--samples 5 --min-tokens 500", "only 0 of 5 samples passed the filters")])
 def test_a_users_mistake_is_one_line(out, capsys, arguments, answer):

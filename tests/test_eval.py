@@ -199,7 +199,7 @@ def test_scores_are_made_again_when_weights_items_or_split_change(job, monkeypat
     (["--keep", "known.csv"], "keep is known.csv; it must be a .jsonl file of items or a .txt file"),
     (["--task", "magic"], "unknown task 'magic'"),
     (["--methods", "lora", "magic"], "argument --method: invalid choice: 'magic'"),
-    (["--calibrate", "--samples 0"], "'0' is not a whole number of 1 or more"),
+    (["--calibrate", "--samples 0"], "'0' is not a number of 1 or more"),
     (["--adapt", "--nonsense 1"], "unrecognized arguments: --nonsense 1"),
     (["--compare"], "unrecognized arguments: --compare"),
     (["--split", "train"], "argument --split: invalid choice: 'train'")])

@@ -132,7 +132,7 @@ def test_every_arm_names_a_method_and_options_that_exist():
 
 @pytest.mark.parametrize("arguments, message", [
     (["--arms", "nothing"], "unknown arm 'nothing'"), (["--tasks", "chess"], "invalid choice"),
-    (["--adapt", "--rank x"], "not a whole number"), (["--workers", "0"], "not a whole number")])
+    (["--adapt", "--rank x"], "invalid int value"), (["--workers", "0"], "not a number of 1")])
 def test_mistakes_are_named_before_any_work(tmp_path, arguments, message):
     with pytest.raises(ValueError, match=message):
         command.main(["compare", "--quick", "--out", str(tmp_path), *arguments])
