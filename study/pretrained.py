@@ -26,6 +26,7 @@ from extras.tables import markdown
 from extras.user_data import drop_long_items, item_from_row, load_items
 from model import generate
 from study.arms import rate
+from study.stats import crossing
 
 CONTEXT, LONGEST, EXAMPLES = 256, 192, 1600  # tokens of the model, of a row; rows to learn from
 STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, where all are compared
@@ -194,14 +195,6 @@ def pretrained(args):
         atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
 
 
-def at_loss(points, own, loss, column):
-    """A column's value where `own` first falls to `loss` along points {column: value}, or None."""
-    for a, b in zip(points, points[1:]):
-        if b[own] <= loss < a[own]:
-            return a[column] + (b[column] - a[column]) * (a[own] - loss) / (a[own] - b[own])
-    return None
-
-
 def report(before, done):
     """Two tables per task: at one loss on the task, and of every run."""
     texts = []
@@ -212,7 +205,7 @@ def report(before, done):
         loss = before[own] - SHARE * (before[own] - best)
         columns = [own, *(c for c in before if c not in (own, "identity", "answers"))]
         curves = {run.arm: [before] + [done[r] for r in runs if r.arm == run.arm] for run in runs}
-        at = {arm: {c: at_loss(points, own, loss, c) for c in columns}
+        at = {arm: {c: crossing([(-p[own], p[c]) for p in points], -loss) for c in columns}
               for arm, points in curves.items()}
         every = {f"{run.arm}, rate {run.rate:g}": done[run] for run in runs}
         for title, rows in (f"at {loss:.3f} nats", at), ("every run", every):

@@ -16,19 +16,10 @@ MEASURES = {  # of a result, at the target
 
 
 def at_target(start, found, target, of):
-    """of(result) where the target score first passes `target`, linear between the two rates; rate 0
-    is the foundation itself, `start`. None where no rate reaches it."""
-    before = start
-    for _, after in sorted(found.items()):
-        if "test" not in after:
-            continue
-        t0, t1 = target_score(before), target_score(after)
-        if t1 >= target:
-            y0, y1 = of(before), of(after)
-            return None if None in (y0, y1) else y1 if t1 == t0 else (
-                y0 + (y1 - y0) * (target - t0) / (t1 - t0))
-        before = after
-    return None
+    """of(result) where the target score first passes `target`, or None; rate 0 is the foundation
+    itself, `start`."""
+    results = [start, *(r for _, r in sorted(found.items()) if "test" in r)]
+    return stats.crossing([(target_score(r), of(r)) for r in results], target)
 
 
 def values(study, task, arm):

@@ -27,6 +27,15 @@ def t_quantile(df, p=0.05):
     return low
 
 
+def crossing(points, target):
+    """y where x first reaches the target along points (x, y), linear between two of them; None
+    where none does."""
+    for (x0, y0), (x1, y1) in zip(points, points[1:]):
+        if x0 < target <= x1:
+            return None if None in (y0, y1) else y0 + (y1 - y0) * (target - x0) / (x1 - x0)
+    return None
+
+
 def paired(a, b):
     """(mean of a - b, two-sided p) of a paired t-test over the pairs without None. p is None for
     fewer than two pairs; without spread it is 1 for equal means and 0 otherwise. (None, None)

@@ -9,7 +9,8 @@ import torch
 from extras import files
 from micro import CALIBRATE
 from study import __main__ as main, pretrained
-from study.pretrained import Run, at_loss, plan, report
+from study.pretrained import Run, plan, report
+from study.stats import crossing
 from tiny_llama import tiny, write_folder
 
 
@@ -22,8 +23,8 @@ def test_the_plan_begins_with_what_tells_most_and_repeats_nothing():
 
 
 def test_a_value_is_read_where_the_loss_first_passes():
-    points = [{"own": 3., "x": 0.}, {"own": 2., "x": 1.}, {"own": 1., "x": 5.}, {"own": 2., "x": 9.}]
-    assert [at_loss(points, "own", loss, "x") for loss in (2.5, 2, 1.75, 0.9)] == [0.5, 1, 2, None]
+    points = [(-3., 0.), (-2., 1.), (-1., 5.), (-2., 9.)]
+    assert [crossing(points, -loss) for loss in (2.5, 2, 1.75, 0.9)] == [0.5, 1, 2, None]
 
 
 def test_the_tables_of_a_comparison_by_hand():
