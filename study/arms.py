@@ -53,10 +53,7 @@ ABLATIONS = {
                     *(FOLORA._replace(options=f"--calibration calibration-{name}")
                       for name in ("true", "prose", "16"))],
     "an adapter that keeps as much": [
-        FOLORA,
-        *(Arm(f"folora-{trick}", rank, first + more) for rank, first in ((32, 2), (8, 5))
-          for trick, more in (("b-half", 1), ("b-quarter", 1), ("b-eighth", 2), ("average", 0),
-                              ("tangent", 2), ("pull-back", 1))),
+        FOLORA, Arm("folora-pull-back", 32, 3), Arm("folora-pull-back", 8, 6),
         Arm("sadam-full-cut32", 0, -2)]}
 GROUPS = {"methods": METHODS, **ABLATIONS}
 ARMS = {arm.name: arm for group in GROUPS.values() for arm in group}

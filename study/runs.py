@@ -30,7 +30,7 @@ from extras.machine import pick_device, set_precision
 from folora import forgetting_penalty
 from model import block_linears, merge_lora
 from study.arms import ARMS, EARLIER, TARGET, rate
-from study.variants import METHODS, TRICKS
+from study.variants import FINISHES, METHODS
 
 ITEMS, TEXT_TOKENS = 100, 8192  # items of each kind; of each held-out text
 REACH = 6                       # a curve ends this many steps from its first rate
@@ -164,12 +164,11 @@ class Study:
     def do(self, curve, k):
         """Train and evaluate one run."""
         args, foundation = self.args(curve, k), self.foundation(curve.foundation)
-        _, inner, finish = TRICKS.get(args.method, (None, None, None))
         path, trained, began = train.run_folder(args) / "adapter.pt", [], time.time()
 
         def loop(model, *more, **options):
             trained.append(model)
-            return (inner or train.training_loop)(model, *more, **options)
+            return train.training_loop(model, *more, **options)
         path.unlink(missing_ok=True)
         with contextlib.redirect_stdout(io.StringIO()):
             try:
@@ -177,7 +176,7 @@ class Study:
             except ValueError as error:  # a rate so large that the loss is not finite
                 return {"failed": str(error)}
             merge_lora(trained[0])
-            measures = foundation.measures(trained[0], finish)
+            measures = foundation.measures(trained[0], FINISHES.get(args.method))
             scores = foundation.scores(trained[0], curve.task)
         path.unlink()  # hundreds of adapters would fill the disk
         return {"test": scores, **measures, "seconds": time.time() - began}

@@ -1,12 +1,9 @@
-"""Variants of FoLoRA and of what trains it, for the study alone: `Method`s, and `TRICKS` that
-change the training loop or its result."""
+"""Variants of FoLoRA, for the study alone: `Method`s, and `FINISHES` of what was learned."""
 import torch
 
-import train
 from extras import baselines
 from extras.baselines import Method, sadam
 from folora import damped, generalized_eigh, normalise, null_space_start, spectral_gate
-from model import LoRALinear, block_linears, lora_parameters
 
 
 # ------------------------------------------------------------------------------------------------
@@ -36,55 +33,6 @@ def utility_only(m, lam, s_min):
 
 
 # ------------------------------------------------------------------------------------------------
-# Loops: called like `train.training_loop`. What they change is not saved for resuming, so an
-# interrupted run starts again.
-
-def b_rate(share):
-    """B's learning rate is `share` of A's."""
-    def loop(model, optimizers, batch, settings, partial, **options):
-        group, = optimizers[0].param_groups
-        slow = [p for name, p in lora_parameters(model).items() if name.endswith("lora_B")]
-        group["params"] = [p for p in group["params"] if not any(p is B for B in slow)]
-        optimizers[0].add_param_group({"params": slow, "lr": share * group["lr"]})
-        return train.training_loop(model, optimizers, batch, settings, None, **options)
-    return loop
-
-
-def averaged(decay):
-    """The result is the exponential moving average of A and B over the steps, free of its start's
-    share."""
-    def loop(model, optimizers, batch, settings, partial, **options):
-        means = {p: torch.zeros_like(p) for p in lora_parameters(model).values()}
-
-        @torch.no_grad()
-        def after(step):
-            for p, mean in means.items():
-                mean.lerp_(p, (1 - decay) / (1 - decay ** step))
-        losses = train.training_loop(model, optimizers, batch, settings, None, after=after,
-                                     **options)
-        with torch.no_grad():
-            for p, mean in means.items():
-                p.copy_(mean)
-        return losses
-    return loop
-
-
-class TangentLinear(LoRALinear):
-    """W0 + κ(B0 ΔA + ΔB A0): linear in what is learned."""
-
-    def factors(self):
-        """([A; A0], κ[B0, B - B0]): B0 A + (B - B0) A0."""
-        return (torch.cat([self.lora_A, self.lora_A0]),
-                self.scale * torch.cat([self.lora_B0, self.lora_B - self.lora_B0], 1))
-
-
-def tangent(model, *more, **options):
-    for layer in block_linears(model, LoRALinear).values():
-        layer.__class__ = TangentLinear
-    return train.training_loop(model, *more, **options)
-
-
-# ------------------------------------------------------------------------------------------------
 # Finishes: (ΔW (d_out, d_in) float64, C_pre) -> the ΔW that is evaluated
 
 def interpolated(share):
@@ -108,16 +56,7 @@ def null_space(steps=None):
     return Method(null_space_start, steps, needs_moments=True)
 
 
-# {name: (method, loop or None, finish or None)}
-TRICKS = {
-    "wise-ft-0.5": ("lora", None, interpolated(0.5)),
-    "sadam-full-cut32": ("sadam-full", None, compressed(32)),
-    "folora-b-half": ("folora", b_rate(1 / 2), None),
-    "folora-b-quarter": ("folora", b_rate(1 / 4), None),
-    "folora-b-eighth": ("folora", b_rate(1 / 8), None),
-    "folora-average": ("folora", averaged(0.95), None),
-    "folora-tangent": ("folora", tangent, None),
-}
+FINISHES = {"wise-ft-0.5": interpolated(0.5), "sadam-full-cut32": compressed(32)}
 METHODS = {
     **baselines.METHODS,
     "null-adam": null_space(),
@@ -126,5 +65,6 @@ METHODS = {
     "null-penalty-only": null_space(penalty_only),
     "null-utility-only": null_space(utility_only),
     "kaiming-sadam": Method(steps=sadam, needs_moments=True),
-    **{name: baselines.METHODS[method] for name, (method, _, _) in TRICKS.items()},
+    "wise-ft-0.5": baselines.METHODS["lora"],
+    "sadam-full-cut32": baselines.METHODS["sadam-full"],
 }

@@ -10,7 +10,7 @@ from model import block_linears
 from study import __main__ as command, runs
 from study.arms import ABLATIONS, ARMS, EARLIER, METHODS
 from study.runs import Curve, Study
-from study.variants import METHODS as WITH_VARIANTS, TRICKS
+from study.variants import METHODS as WITH_VARIANTS
 
 FIRST = ARMS["lora r8"].first + EARLIER["code"]  # where that arm's curve begins
 TINY = ["--foundations", "1", "--tasks", "code", *STAGES]  # their rank of 2 replaces the arms'
@@ -107,7 +107,7 @@ def test_measures_by_hand(out):
 def test_a_rate_that_diverges_is_a_failed_run_and_not_the_end(out, monkeypatch):
     def fail(*_, **__):
         raise ValueError("loss or gradient is not finite at step 3")
-    monkeypatch.setitem(TRICKS, "lora", ("lora", fail, None))
+    monkeypatch.setattr(train, "training_loop", fail)
     study = open_study(out, "lora r8")
     result = study.result(Curve("code", "lora r8", 0, 3), 4, do=True)
     assert "not finite" in result["failed"] and runs.target_score(result) == 0

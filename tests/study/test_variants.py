@@ -7,7 +7,6 @@ import train
 from extras import baselines
 from folora import SAdam, forgetting_penalty, solve_layer
 from matrices import adapted, blocks, close, normal, second_moment, seeds
-from model import LoRALinear
 from study import variants
 from study.variants import METHODS
 
@@ -45,37 +44,13 @@ def one_step(monkeypatch, block, loop, change, steps=1, lr=0.5):
 
 def test_variants_extend_the_methods_without_changing_them():
     assert {**METHODS, **baselines.METHODS} == METHODS
-    assert not variants.TRICKS.keys() & baselines.METHODS.keys()
+    assert not variants.FINISHES.keys() & baselines.METHODS.keys()
 
 
 def test_an_even_gate_has_the_mean_of_foloras():
     moments = {"basis": torch.eye(3), "eigvals": torch.tensor([9.0, 1.0, 0.0])}
     _, gate = variants.even_gate(moments, 1.0, 0.3)
     assert torch.allclose(gate, torch.full((3,), (0.9 + 0.5 + 0.3) / 3))
-
-
-@given(block=blocks())
-def test_the_tangent_is_linear_in_what_is_learned(block):
-    """W0 + κ(B0 ΔA + ΔB A0), by the forward pass, merged, and in `delta_factors`."""
-    W0, _, X, r, randn = block
-    A0, B0, dA, dB = randn(r, len(X)), randn(len(W0), r), randn(r, len(X)), randn(len(W0), r)
-    layer = adapted(W0, A0, B0, 0.5)
-    layer.__class__ = variants.TangentLinear
-    with torch.no_grad():
-        layer.lora_A += dA
-        layer.lora_B += dB
-    dW = 0.5 * (B0 @ dA + dB @ A0)
-    x = randn(7, len(X))
-    assert close(layer(x), x @ (W0 + dW).T + layer.bias, 1e-11)
-    assert close(layer.to_linear(learned=True).weight, W0 + dW, 1e-11)
-    P, G = layer.delta_factors()
-    assert (P @ G - dW).norm() <= 1e-11 * (1 + P.norm() * G.norm())
-
-
-def test_the_tangent_replaces_every_adapter(monkeypatch):
-    block = normal(0)(3, 4), None, normal(1)(4, 9), 2, normal(2)
-    layer, *_ = one_step(monkeypatch, block, variants.tangent, torch.zeros_like)
-    assert type(layer) is variants.TangentLinear and issubclass(variants.TangentLinear, LoRALinear)
 
 
 @given(block=blocks())
@@ -102,22 +77,6 @@ def test_pull_back_by_the_formula(block):
     assert (found - expected).norm() <= 1e-8 * size
     assert close(layer.lora_B - layer.lora_B0, (1 - share) * dB, 1e-9)
     assert forgetting_penalty(found, m["H"]) <= forgetting_penalty(dA, m["H"]) * (1 + 1e-9)
-
-
-def test_the_average_by_hand(monkeypatch):
-    """A rises by 1 each step: with decay d the mean of the values, weighted by d per step of age."""
-    block = normal(0)(3, 4), None, normal(1)(4, 9), 2, normal(2)
-    layer, *_ = one_step(monkeypatch, block, variants.averaged(0.5), torch.ones_like, steps=3)
-    expected = (0.25 * 1 + 0.5 * 2 + 1 * 3) / 1.75
-    for now, start in (layer.lora_A, layer.lora_A0), (layer.lora_B, layer.lora_B0):
-        assert close(now - start, torch.full_like(now, expected))
-
-
-def test_b_has_its_own_rate(monkeypatch):
-    block = normal(0)(3, 4), None, normal(1)(4, 9), 2, normal(2)
-    layer, optimizer, _ = one_step(monkeypatch, block, variants.b_rate(0.25), torch.zeros_like)
-    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
-    assert rates == {layer.lora_A: 0.5, layer.lora_B: 0.125}
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), seeds)
