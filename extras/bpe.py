@@ -49,9 +49,6 @@ class ByteLevelBPE(tiktoken.Encoding):
     def encode_ordinary(self, text):
         return [token for token in super().encode_ordinary(text) if token <= self.max_token_value]
 
-    def encode(self, text, **options):
-        return [token for token in super().encode(text, **options) if token <= self.max_token_value]
-
 
 def vocabulary_bytes(vocab):
     """{bytes: id} of {spelled token: id}."""

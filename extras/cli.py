@@ -108,8 +108,6 @@ def train_parser(description, runs, pretrain_options, adapt_options, methods):
     e.add_argument("--adapter", help="an adapter.pt; without one, the foundation itself")
     e.add_argument("--format", choices=["peft", "merged"], default="peft",
                    help="peft: an adapter for the foundation; merged: all weights")
-    e.add_argument("--base", help="base model that the PEFT adapter's config names; default: gpt2, "
-                                  "or for a Llama none")
     e.add_argument("--to", required=True, help="folder for the files")
     for sub in p, a:
         sub.add_argument("--compile", action="store_true",

@@ -14,52 +14,45 @@ from model import GPT, LoRALinear, block_linears
 def export(args):
     """Write the folder args.to: the foundation, a merged model, or a PEFT adapter."""
     path, folder = pathlib.Path(args.adapter or "."), pathlib.Path(args.to)
-    if not args.adapter:
-        config, weights, stem = merged_files(load_foundation(args.out, "cpu")[0])
-    elif args.format == "merged":
-        config, weights, stem = merged_files(load_adapter(path, args.out, "cpu"))
+    if args.adapter and args.format == "peft":
+        names = "adapter_config.json", "adapter_model.bin"
+        config, weights = peft_files(load_adapter(path, args.out, "cpu", merge=False), path)
     else:
-        model = load_adapter(path, args.out, "cpu", merge=False)
-        base = args.base or ("gpt2" if isinstance(model, GPT) else None)
-        config, weights, stem = peft_files(model, base, path)
-    atomic_write(folder / f"{stem}.bin", lambda f: torch.save(weights, f))
-    name = "adapter_config.json" if stem == "adapter_model" else "config.json"
-    atomic_write(folder / name, lambda f: f.write(json.dumps(config, indent=2).encode()))
-    print(f"{folder / stem}.bin and {name} written")
+        names = "config.json", "pytorch_model.bin"
+        config, weights = merged_files(load_adapter(path, args.out, "cpu") if args.adapter else
+                                       load_foundation(args.out, "cpu")[0])
+    atomic_write(folder / names[1], lambda f: torch.save(weights, f))
+    atomic_write(folder / names[0], lambda f: f.write(json.dumps(config, indent=2).encode()))
+    print(f"{folder}: {' and '.join(names)} written")
 
 
 def merged_files(model):
-    """(config.json, weights, file name) of a GPT in GPT-2's layout, or of a Llama in its own."""
+    """(config.json, weights) of a GPT in GPT-2's layout, or of a Llama in its own."""
     c = model.config
     eot = tasks.get_encoding(c.encoding).eot_token
     if not isinstance(model, GPT):
         weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-        return config_json(c, eot), weights, "pytorch_model"
+        return config_json(c, eot), weights
     return (dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
                  n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                  n_head=c.n_head, activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
                  bos_token_id=eot, eos_token_id=eot),
-            {f"transformer.{name}": t.contiguous() for name, t in gpt2_layout(model).items()},
-            "pytorch_model")
+            {f"transformer.{name}": t.contiguous() for name, t in gpt2_layout(model).items()})
 
 
-def peft_files(model, base, path):
-    """(adapter_config.json, weights, file name) of a PEFT LoRA on W0. W_res is not W0, but the
-    change still has rank 2r: ΔW = κ(BA - B0A0) = [κB, -κB0] [A; A0]."""
+def peft_files(model, path):
+    """(adapter_config.json, weights) of a PEFT LoRA on W0. W_res is not W0, but the change still
+    has rank 2r: ΔW = κ(BA - B0A0) = [κB, -κB0] [A; A0]."""
     weights, layers = {}, block_linears(model, LoRALinear)
     if not layers:
         raise ValueError(f"{path} holds full weights, which no LoRA can hold; use --format merged")
     for name, layer in layers.items():
         P, G = layer.delta_factors()
-        r = len(G)
-        if r > min(layer.weight.shape):
-            raise ValueError(f"{path}: rank {r} = 2r is more than {name} can have, "
-                             f"{tuple(layer.weight.shape)}; use --format merged")
         weights[f"base_model.model.{name}.lora_A.weight"] = G.detach().contiguous()
         weights[f"base_model.model.{name}.lora_B.weight"] = P.detach().contiguous()
     targets = sorted({name.split(".")[-1] for name in layers})
-    return (dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base, r=r,
-                 lora_alpha=r, target_modules=targets, lora_dropout=0.0, bias="none",
-                 fan_in_fan_out=isinstance(model, GPT),  # GPT-2's projections are (d_in, d_out)
-                 inference_mode=True),
-            weights, "adapter_model")
+    return (dict(peft_type="LORA", task_type="CAUSAL_LM", r=len(G), lora_alpha=len(G),
+                 base_model_name_or_path="gpt2" if isinstance(model, GPT) else None,
+                 target_modules=targets, lora_dropout=0.0, bias="none", inference_mode=True,
+                 fan_in_fan_out=isinstance(model, GPT)),  # GPT-2's projections are (d_in, d_out)
+            weights)

@@ -30,8 +30,7 @@ def fingerprint(tensors):
     digest = hashlib.sha256()
     for name, t in sorted(tensors.items()):
         digest.update(f"{name} {tuple(t.shape)} {t.dtype}".encode())
-        flat = t.detach().cpu().contiguous().view(torch.uint8) if t.numel() else b""
-        digest.update(flat.numpy().tobytes() if t.numel() else flat)
+        digest.update(t.detach().cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
 
 

@@ -21,8 +21,6 @@ def native_bf16(device):
     AMX) emulates them, a hundred times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if os.environ.get("ATEN_CPU_CAPABILITY") in ("default", "avx2"):  # an older CPU is imitated
-        return False
     return any(getattr(torch.cpu, f"_is_{kind}_supported", bool)()
                for kind in ("avx512_bf16", "amx_tile"))
 

@@ -128,7 +128,7 @@ def missing_modules(*modules):
 def as_transformers(model):
     """The same GPT, without dropout, or Llama in transformers."""
     import transformers
-    config, weights, _ = merged_files(model)
+    config, weights = merged_files(model)
     if isinstance(model, GPT):
         config |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
         theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(**config))

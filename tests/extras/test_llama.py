@@ -186,7 +186,7 @@ def test_ids_by_hand():
     assert encoding.eot_token == 0 and encoding.n_vocab == len(ids) == 265
     assert encoding.encode_ordinary("the  thing 12!!") == [
         ids[part] for part in ("t", "he", "Ġ", "Ġt", "h", "ing", "Ġ", "1", "2", "!!")]
-    assert encoding.encode("\0<|endoftext|>", allowed_special="all") == [0]
+    assert encoding.encode("<|endoftext|>", allowed_special="all") == [0]
     pairs = tokenizer_json(model=dict(tokenizer_json()["model"], merges=[
         " ".join(pair) for pair in vocabulary()[1]]))
     assert bpe.json_tokenizer(pairs) == (name, tokenizer)  # the older spelling of merges

@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 import calibrate
 import train
 from extras import machine
-from extras.machine import (Progress, all_gather, all_reduce_sum, autocast, describe, native_bf16,
-                            precision, rank_and_world, set_precision, shard, tf32)
+from extras.machine import (Progress, all_gather, all_reduce_sum, autocast, describe, precision,
+                            rank_and_world, set_precision, shard, tf32)
 from micro import CALIBRATE, PRETRAIN, adapt
 
 CPU = torch.device("cpu")
@@ -59,15 +59,6 @@ def test_an_unknown_precision_is_refused_and_changes_nothing(monkeypatch):
     with pytest.raises(ValueError, match="precision is 'bf16'"):
         set_precision()
     assert precision(CPU) == "float32"
-
-
-@pytest.mark.parametrize("capability", ["default", "avx2"])
-def test_a_cpu_that_imitates_an_older_one_has_no_native_bf16(monkeypatch, capability):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
-    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
-    assert native_bf16(CPU)
-    monkeypatch.setenv("ATEN_CPU_CAPABILITY", capability)
-    assert not native_bf16(CPU)
 
 
 @pytest.mark.parametrize("kind, inside", [("cuda", "high"), ("cpu", "highest")])
