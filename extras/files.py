@@ -14,10 +14,10 @@ import torch
 
 import tasks
 from extras.bpe import ByteLevelBPE
-from extras.llama import Llama, LlamaConfig
+from extras.llama import make_model
 from extras.baselines import protect
 from extras.machine import barrier, rank_and_world
-from model import GPT, GPTConfig, add_lora, merge_lora
+from model import add_lora, merge_lora
 
 try:
     import fcntl
@@ -181,9 +181,7 @@ def load_foundation(out, device):
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
     saved = load(path, "foundation", made_by)
     with friendly_errors(path, f"delete it and make it again with: {made_by}"):
-        config = saved["settings"]["config"]
-        model = (Llama(LlamaConfig(**config)) if "n_kv_head" in config else
-                 GPT(GPTConfig(**config)))
+        model = make_model(saved["settings"]["config"])
         model.load_state_dict(saved["model"])
         name, tokens = model.config.encoding, model.config.vocab_size
         if "tokenizer" in saved and name not in tasks.ENCODINGS:

@@ -7,11 +7,11 @@ import torch
 
 import train
 from extras.baselines import kaiming_start
-from extras.llama import Llama, LlamaConfig
+from extras.llama import make_model
 from extras.machine import pick_device
-from folora import SAdam, damped
 from extras.moments import input_twin
-from model import GPT, add_lora
+from folora import SAdam, damped
+from model import add_lora
 
 
 def seconds_of(work):
@@ -65,13 +65,9 @@ def training_bytes(model, optimizer):
 # ------------------------------------------------------------------------------------------------
 # Works of any size: random weights, bases and tokens cost what real ones cost
 
-def model_of(config):
-    return (Llama if isinstance(config, LlamaConfig) else GPT)(config)
-
-
 def with_adapters(config, rank):
     """(model with adapters, {A: (basis, gate)} for SAdam); layers with one input share a basis."""
-    model, spectral, bases = model_of(config).to(pick_device()), {}, {}
+    model, spectral, bases = make_model(vars(config)).to(pick_device()), {}, {}
     for name, layer in add_lora(model, rank).items():
         layer.init_from(*kaiming_start(layer.weight, rank))
         twin, d = input_twin(model, name), layer.lora_A.shape[1]

@@ -23,12 +23,12 @@ import tasks
 import train
 from extras.export import merged_files
 from extras.files import write_json
-from extras.llama import LlamaConfig
+from extras.llama import LlamaConfig, make_model
 from extras.machine import autocast, describe, pick_device, set_precision, tf32
 from extras.tables import markdown
 from folora import generalized_eigh
 from model import GPT, GPTConfig, block_linears, generate
-from study.measure import (eigenproblem, interleaved, model_of, random_batch, ratios, sadam,
+from study.measure import (eigenproblem, interleaved, random_batch, ratios, sadam,
                            seconds_of, training_bytes, training_steps, with_adapters)
 
 
@@ -141,7 +141,7 @@ def as_transformers(model):
 def peft_steps(config, rank, x, y, steps):
     """() -> this many steps of a plain loop over transformers and PEFT's LoRA with AdamW."""
     import peft
-    model = model_of(config)
+    model = make_model(vars(config))
     theirs = peft.get_peft_model(as_transformers(model), peft.LoraConfig(
         r=rank, lora_alpha=rank, fan_in_fan_out=isinstance(model, GPT),
         target_modules=[name.split(".")[-1] for name in block_linears(model)]))

@@ -21,8 +21,7 @@ import tasks
 import train
 from extras import machine
 from extras.baselines import METHODS, kl_penalty, protect
-from folora import (SAdam, generalized_eigh, null_space_start, projection_start, solve_layer,
-                    spectral_gate)
+from folora import SAdam, generalized_eigh, null_space_start, solve_layer, spectral_gate
 from matrices import EPS, close, cond, eye, gamma_error, normal, rotation
 from model import (GPT, GPTConfig, add_lora, block_linears, filter_top_k_top_p, generate,
                    lora_parameters, merge_lora)

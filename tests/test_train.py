@@ -12,7 +12,6 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import calibrate
-import tasks
 import train
 from extras import machine
 from extras.baselines import METHODS, oplora_protected

@@ -14,10 +14,10 @@ from hypothesis import given, strategies as st
 import calibrate
 from extras import bpe, llama_weights
 from extras.bpe import ByteLevelBPE
-from extras.llama import Llama, LlamaConfig
+from extras.llama import LlamaConfig
 from extras.llama_weights import config_json, folder_config, pairs_to_halves, read_published
 from model import LoRALinear, add_lora, block_linears, generate, merge_lora
-from tiny_llama import (CONTEXT, VOCAB, tiny, tokenizer_json, vocabulary, write_folder,
+from tiny_llama import (VOCAB, tiny, tokenizer_json, vocabulary, write_folder,
                         write_safetensors)
 
 SHAPES = {"grouped, tied": (6, 2, True), "one head each, untied": (4, 4, False)}
