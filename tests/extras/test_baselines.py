@@ -10,7 +10,7 @@ import functools
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 import tasks
 import train
@@ -18,8 +18,8 @@ from calibrate import second_moments
 from extras.baselines import (METHODS, corda_start, default_rate, diagonal, distill_loss, fisher,
                               isotropic, kaiming_start, kl_penalty, kl_term, leading_start,
                               lora_null_start, milora_start, oplora_protected, pissa_start,
-                              protect, rehearsal_term, replay_loss, sadam, sc_lora_start,
-                              truncated)
+                              protect, pull_back, rehearsal_term, replay_loss, sadam,
+                              sc_lora_start, truncated)
 from folora import (SAdam, damped, forgetting_penalty, null_space_start, solve_layer,
                     spectral_gate)
 from matrices import (EPS, adapted, blocks, close, cond, decomposed, eye, f64, invertible, kappas,
@@ -405,6 +405,63 @@ def test_rehearsed_rows_depend_on_the_step_and_the_seed_alone(bytes_of_31):
     assert not torch.equal(x, rows_of(3, seed=1)[0])
     for inputs, targets in zip(x.tolist(), y.tolist()):
         assert inputs[0] == 30 and targets in SAMPLES and inputs[1:] == targets[:-1]
+
+
+# ------------------------------------------------------------------------------------------------
+# After a step: pulling back
+
+class OneLayer(torch.nn.Module):
+    """What `pull_back` sees of a model: one adapter, random moments, and SAdam at rate η."""
+    block_prefix = ""
+
+    def __init__(self, block, lr):
+        super().__init__()
+        W0, _, X, self.r, randn = block
+        self.m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
+        self.layer = adapted(W0, randn(self.r, len(X)), randn(len(W0), self.r))
+        self.V, self.gate = sadam(self.m, 1.0, 0.3)
+        self.A, self.B = self.layer.lora_A, self.layer.lora_B
+        self.optimizer = SAdam([self.A, self.B], {self.A: (self.V, self.gate)}, lr=lr)
+
+    def changes(self):
+        """(ΔA, ΔB)."""
+        return self.A - self.layer.lora_A0, self.B - self.layer.lora_B0
+
+
+@given(block=blocks())
+def test_pulling_back_by_the_formula(block):
+    """ΔB loses a share, here 1/4, ΔA that share times 1 - s̃ in the basis' coordinates; in H's inner
+    product, so ΔA's forgetting penalty falls."""
+    model, randn = OneLayer(block, lr=0.5), normal(5)
+    dA, dB = randn(*model.A.shape), randn(*model.B.shape)
+    with torch.no_grad():
+        model.A += dA
+        model.B += dB
+    pull_back(model, model.optimizer, 16 / model.r)(1)
+    V, H, (found, found_B) = model.V, model.m["H"], model.changes()
+    expected = dA - (dA @ H @ V * (1 - model.gate)) @ V.T / 4  # V⁻ᵀ = HV
+    assert (found - expected).norm() <= 1e-8 * (1 + dA.norm() * H.norm() * V.norm() ** 2)
+    assert close(found_B, 0.75 * dB, 1e-9)
+    assert forgetting_penalty(found, H) <= forgetting_penalty(dA, H) * (1 + 1e-9)
+
+
+@settings(max_examples=20)
+@given(block=blocks())
+def test_what_is_pulled_back_stays_bounded(block):
+    """Adam's steps all in one direction, the worst case: each number of ΔB approaches η (1 - share) /
+    share, below 32 / (strength r), and a coordinate of ΔA stays below that times s̃ / (1 - s̃)."""
+    model, strength = OneLayer(block, lr=0.1), 80 / block[3]  # share 1/4, bound 0.4
+    after, size = pull_back(model, model.optimizer, strength), model.A.shape
+    gradient = normal(6)(*size) @ torch.linalg.inv(model.V)  # no coordinate of it is 0
+    for step in range(1, 61):
+        model.A.grad, model.B.grad = gradient.clone(), torch.ones_like(model.B)
+        model.optimizer.step()
+        after(step)
+    dA, dB = model.changes()
+    assert torch.allclose(dB, torch.full_like(dB, -0.3), atol=1e-3)
+    bound = 0.4 * model.gate / (1 - model.gate)
+    error = 1e-6 * (1 + dA.norm() * model.m["H"].norm() * model.V.norm())
+    assert ((dA @ model.m["H"] @ model.V).abs() <= bound + error).all()
 
 
 # ------------------------------------------------------------------------------------------------
