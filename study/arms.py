@@ -53,7 +53,8 @@ ABLATIONS = {
                     *(FOLORA._replace(options=f"--calibration calibration-{name}")
                       for name in ("true", "prose", "16"))],
     "an adapter that keeps as much": [
-        FOLORA, Arm("folora-pull-back", 32, 3), Arm("folora-pull-back", 8, 6),
+        FOLORA, *(Arm("folora-pull-back", *where) for where in
+                  ((32, 3), (8, 6), (64, 1), (32, 3, "--pull 5"), (32, 3, "--pull 20"))),
         Arm("sadam-full-cut32", 0, -2)]}
 GROUPS = {"methods": METHODS, **ABLATIONS}
 ARMS = {arm.name: arm for group in GROUPS.values() for arm in group}
