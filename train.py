@@ -49,7 +49,7 @@ ADAPT = {
     "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
     "mu": (5.0, "μ of the KL penalty, for methods that have one"),
     "rehearsal": (1.0, "weight of the loss on base-model samples, for methods that have one"),
-    "pull": (10.0, "strength of pulling back, for methods that do; at rank r it is times r / 32"),
+    "pull": (5.0, "strength of pulling back, for methods that do; at rank r it is times r / 32"),
     "basis_dtype": ("float32", "of SAdam's bases; bfloat16 takes half the memory",
                     ("float32", "bfloat16")),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),

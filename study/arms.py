@@ -29,7 +29,7 @@ FOLORA = Arm("folora", 32, 2)  # the reference, which is the first of its group
 METHODS = [
     FOLORA, Arm("lora", 8, 5), Arm("folora", 8, 5), Arm("lora", 32, 3),
     Arm("sadam-full", 0, -2), Arm("lora-kl", 32, 3), Arm("folora-pull-back", 32, 3),
-    Arm("folora-pull-back", 8, 6), Arm("folora-pull-back", 64, 1),
+    *(Arm("folora-pull-back", *where, "--pull 10") for where in ((32, 3), (8, 6), (64, 1))),
     Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6),
     Arm("replay", 8, 5), Arm("distill", 32, 3), Arm("replay", 32, 3, "--rehearsal 4"),
     Arm("wise-ft-0.5", 8, 6), Arm("folora", 64, 0), Arm("lora", 64, 1), Arm("lora-null", 32, 2),
@@ -53,8 +53,8 @@ ABLATIONS = {
                     *(FOLORA._replace(options=f"--calibration calibration-{name}")
                       for name in ("true", "prose", "16"))],
     "an adapter that keeps as much": [
-        FOLORA, *(Arm("folora-pull-back", *where) for where in
-                  ((32, 3), (8, 6), (64, 1), (32, 3, "--pull 5"), (32, 3, "--pull 20"))),
+        FOLORA, *(Arm("folora-pull-back", rank, first, options)
+                  for options in ("", "--pull 10") for rank, first in ((32, 3), (8, 6), (64, 1))),
         Arm("sadam-full-cut32", 0, -2)]}
 GROUPS = {"methods": METHODS, **ABLATIONS}
 ARMS = {arm.name: arm for group in GROUPS.values() for arm in group}

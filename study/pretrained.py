@@ -39,7 +39,7 @@ SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4,
          ("folora-questions", 32): 3, ("lora", 8): 6, ("folora", 8): 6, ("sadam-full", 0): -1,
          ("lora-kl", 32): 5, ("replay", 32): 5, ("lora-null", 32): 3}
 MAIN = 3  # of these, how many are run first
-PULL = 60  # 10 as on the small models, times 576 / 96, since the rates are divided by that
+PULL = 60  # the small models' 10 times 576 / 96, since the rates are divided by that
 # "folora-questions" is folora, calibrated on samples of which every second one is a question
 QUESTIONS = ["calibration-questions", "--begin", "", "Question:"]
 MADE = ("sums", "copying")  # kinds of questions that are in no file
@@ -170,7 +170,7 @@ def do(run, path, out, score, identity):
         adapter = train.main([
             "adapt", *common, "--method", method, "--rank", str(run.rank or 8), "--lr",
             f"{run.rate:g}", "--seed", str(run.seed), "--steps", str(STEPS), "--batch", str(BATCH),
-            "--calibration", name, "--pull", f"{PULL if 'pull' in method else 10}"])
+            "--calibration", name, "--pull", f"{PULL}"])
         found = score(load_adapter(adapter, out, pick_device()))
         if not run.rank:
             adapter.unlink()
