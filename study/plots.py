@@ -69,7 +69,8 @@ def rank(study, stored):
         ax.set_xscale("log", base=2)
         ax.set_xticks((8, 32, 64), ("8", "32", "64"))
         ax.set(xlabel="rank")
-    return panels(study.tasks, "kept at the target, % right", draw)
+    tasks = [task for task in study.tasks if "folora r8" in stored[task]["arms"]]
+    return panels(tasks or study.tasks, "kept at the target, % right", draw)
 
 
 def write(study, stored, folder):
