@@ -263,8 +263,12 @@ def do_all(args):
     prepare(args)
     context, workers = multiprocessing.get_context("spawn"), args.workers or os.cpu_count()
     job = functools.partial(work, args)
-    if workers == 1:
-        return job()
+    if workers == 1:  # in this process, which gets its threads back
+        threads = torch.get_num_threads()
+        try:
+            return job()
+        finally:
+            torch.set_num_threads(threads)
     processes = [context.Process(target=cli.command, args=(job,)) for _ in range(workers)]
     for process in processes:
         process.start()

@@ -28,13 +28,10 @@ def open_study(out, *arms):
 
 @pytest.fixture(scope="module", autouse=True)
 def short_curves():
-    """A single worker takes one thread for good; the tests after these get theirs back."""
-    threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "REACH", 1)
         patch.setattr(runs, "ITEMS", 8)
         yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
