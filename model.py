@@ -310,11 +310,6 @@ def add_lora(model, r, scale=1.0):
     return layers
 
 
-def lora_parameters(model):
-    """{name: parameter} of every A and B."""
-    return {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
-
-
 def merge_lora(model, learned=True):
     """Replace every adapter by a linear layer: W_res + κBA, or W_res + κB0A0 = W0 as it was."""
     for name, layer in block_linears(model, LoRALinear).items():

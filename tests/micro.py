@@ -30,6 +30,11 @@ def adapt(arguments, out, methods=METHODS, **options):
     return train.adapt(train.parser(methods).parse_args(arguments), methods, **options)
 
 
+def lora_parameters(model):
+    """{name: parameter} of every A and B."""
+    return {name: p for name, p in model.named_parameters() if name.endswith(("lora_A", "lora_B"))}
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_mixture():
     """The pretraining text is tokenised once for all foundations of a test file."""

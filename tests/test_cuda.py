@@ -23,8 +23,9 @@ from extras import machine
 from extras.baselines import METHODS, kl_penalty, protect
 from folora import SAdam, generalized_eigh, null_space_start, solve_layer, spectral_gate
 from matrices import EPS, close, cond, eye, gamma_error, normal, rotation
+from micro import lora_parameters
 from model import (GPT, GPTConfig, add_lora, block_linears, filter_top_k_top_p, generate,
-                   lora_parameters, merge_lora)
+                   merge_lora)
 
 CONFIG = GPTConfig(128, 257, 2, 2, 32)
 # A training step waits for the GPU in these lines alone: to bring the batch there, to find the

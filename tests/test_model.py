@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, strategies as st
 
 from extras.moments import forward_hooks
+from micro import lora_parameters
 from model import (GPT, GPTConfig, LoRALinear, add_lora, block_linears, causal_attention,
-                   filter_top_k_top_p, generate, lora_parameters, merge_lora)
+                   filter_top_k_top_p, generate, merge_lora)
 
 CONFIG = GPTConfig(block_size=24, vocab_size=31, n_layer=2, n_head=2, n_embd=16)
 prompts_of_any_length = st.lists(st.lists(st.integers(0, 30), min_size=1, max_size=10),

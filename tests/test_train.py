@@ -19,9 +19,9 @@ from extras.cli import command
 from extras.files import fingerprint, load, load_adapter, load_calibration, load_foundation
 from extras.moments import forward_hooks
 from extras.user_data import load_items
-from micro import (ADAPT, CALIBRATE, FOLDER, PRETRAIN, adapt, error_line, one_mixture,  # noqa: F401
-                   out)
-from model import GPT, GPTConfig, LoRALinear, block_linears, lora_parameters
+from micro import (ADAPT, CALIBRATE, FOLDER, PRETRAIN, adapt, error_line,  # noqa: F401
+                   lora_parameters, one_mixture, out)
+from model import GPT, GPTConfig, LoRALinear, block_linears
 
 ROOT = Path(train.__file__).parent
 X = torch.arange(96)[None]  # one row of tokens
