@@ -28,7 +28,7 @@ from extras import cli, files, user_data
 from extras.baselines import kl_penalty
 from extras.machine import pick_device, set_precision
 from folora import forgetting_penalty
-from model import block_linears, merge_lora
+from model import block_linears
 from study.arms import ARMS, EARLIER, TARGET, rate
 from study.variants import FINISHES, METHODS
 
@@ -164,20 +164,15 @@ class Study:
     def do(self, curve, k):
         """Train and evaluate one run."""
         args, foundation = self.args(curve, k), self.foundation(curve.foundation)
-        path, trained, began = train.run_folder(args) / "adapter.pt", [], time.time()
-
-        def loop(model, *more, **options):
-            trained.append(model)
-            return train.training_loop(model, *more, **options)
-        path.unlink(missing_ok=True)
+        began = time.time()
         with contextlib.redirect_stdout(io.StringIO()):
             try:
-                train.adapt(args, METHODS, loop)
+                path = train.adapt(args, METHODS)
             except ValueError as error:  # a rate so large that the loss is not finite
                 return {"failed": str(error)}
-            merge_lora(trained[0])
-            measures = foundation.measures(trained[0], FINISHES.get(args.method))
-            scores = foundation.scores(trained[0], curve.task)
+            model = files.load_adapter(path, foundation.out, foundation.device)
+            measures = foundation.measures(model, FINISHES.get(args.method))
+            scores = foundation.scores(model, curve.task)
         path.unlink()  # hundreds of adapters would fill the disk
         return {"test": scores, **measures, "seconds": time.time() - began}
 

@@ -107,7 +107,7 @@ def test_measures_by_hand(out):
 def test_a_rate_that_diverges_is_a_failed_run_and_not_the_end(out, monkeypatch):
     def fail(*_, **__):
         raise ValueError("loss or gradient is not finite at step 3")
-    monkeypatch.setattr(train, "training_loop", fail)
+    monkeypatch.setattr(train, "adapt", fail)
     study = open_study(out, "lora r8")
     result = study.result(Curve("code", "lora r8", 0, 3), 4, do=True)
     assert "not finite" in result["failed"] and runs.target_score(result) == 0
