@@ -7,12 +7,18 @@ GPT2 = {name: f"https://huggingface.co/openai-community/{name}/resolve/main/pyto
         for name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")}
 
 
+def transposed(model, weights):
+    """{name: tensor} with the blocks' projections, (d_out, d_in) here and (d_in, d_out) in GPT-2's
+    layout, in the other one's shape: views."""
+    projections = {f"{name}.weight" for name in block_linears(model)}
+    return {name: t.T if name in projections else t for name, t in weights.items()}
+
+
 def gpt2_layout(model):
-    """{GPT-2's name: tensor}: views of the model's weights in that layout, where the blocks'
-    projections are (d_in, d_out). The output layer is the embedding and is not listed."""
-    transposed = {f"{name}.weight" for name in block_linears(model)}
-    return {name.removeprefix("transformer."): p.detach().T if name in transposed else p.detach()
-            for name, p in model.named_parameters()}
+    """{GPT-2's name: tensor}: views of the model's weights in that layout. The output layer is the
+    embedding and is not listed."""
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return {name.removeprefix("transformer."): t for name, t in transposed(model, weights).items()}
 
 
 def from_gpt2(weights, n_head=None):
@@ -24,9 +30,8 @@ def from_gpt2(weights, n_head=None):
     (vocab, C), (T, _) = weights["wte.weight"].shape, weights["wpe.weight"].shape
     n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
     model = GPT(GPTConfig(T, vocab, n_layer, n_head or max(1, C // 64), C, "tanh", "gpt2"))
-    transposed = {f"{name}.weight" for name in block_linears(model)}
     weights = {f"transformer.{name}": t for name, t in weights.items() if name != "lm_head.weight"}
-    model.load_state_dict({name: t.T if name in transposed else t for name, t in weights.items()}
+    model.load_state_dict(transposed(model, weights)
                           | {"lm_head.weight": weights["transformer.wte.weight"]})  # tied
     return model
 
