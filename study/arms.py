@@ -25,12 +25,13 @@ def rate(k):
 
 
 FOLORA = Arm("folora", 32, 2)  # the reference, which is the first of its group
+PULL_10 = [Arm("folora-pull-back", rank, first, "--pull 10")
+           for rank, first in ((32, 3), (8, 6), (64, 1))]
 # The most telling come first
 METHODS = [
     FOLORA, Arm("lora", 8, 5), Arm("folora", 8, 5), Arm("lora", 32, 3),
     Arm("sadam-full", 0, -2), Arm("lora-kl", 32, 3), Arm("folora-pull-back", 32, 3),
-    *(Arm("folora-pull-back", *where, "--pull 10") for where in ((32, 3), (8, 6), (64, 1))),
-    Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6),
+    *PULL_10, Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6),
     Arm("replay", 8, 5), Arm("distill", 32, 3), Arm("replay", 32, 3, "--rehearsal 4"),
     Arm("wise-ft-0.5", 8, 6), Arm("folora", 64, 0), Arm("lora", 64, 1), Arm("lora-null", 32, 2),
     Arm("folora-leading", 32, 2), Arm("corda", 32, 1), Arm("ewc", 8, 6),
@@ -53,8 +54,7 @@ ABLATIONS = {
                     *(FOLORA._replace(options=f"--calibration calibration-{name}")
                       for name in ("true", "prose", "16"))],
     "an adapter that keeps as much": [
-        FOLORA, *(Arm("folora-pull-back", rank, first, options)
-                  for options in ("", "--pull 10") for rank, first in ((32, 3), (8, 6), (64, 1))),
+        FOLORA, *(arm._replace(options="") for arm in PULL_10), *PULL_10,
         Arm("sadam-full-cut32", 0, -2)]}
 GROUPS = {"methods": METHODS, **ABLATIONS}
 ARMS = {arm.name: arm for group in GROUPS.values() for arm in group}

@@ -8,8 +8,8 @@ from study.runs import Curve
 LOOKS = {"lora r32": ("#000000", "X"), "folora r32": ("#0072B2", "s"),
          "folora-pull-back r32": ("#009E73", "o"), "lora-kl r32": ("#D55E00", "P"),
          "sadam-full": ("#CC79A7", "*")}
-RANKS = {"lora": "lora r32", "folora": "folora r32",  # line of the second picture: its look
-         "folora-pull-back --pull 10": "folora-pull-back r32"}
+RANKS = {("lora", ""): "lora r32", ("folora", ""): "folora r32",  # (method, options): its look
+         ("folora-pull-back", "--pull 10"): "folora-pull-back r32"}
 
 
 def pyplot():
@@ -56,14 +56,14 @@ def frontier(study, stored):
 def rank(study, stored):
     """What is kept at the target against the rank: a point per foundation, a line through means."""
     def draw(ax, task):
-        for line, look in RANKS.items():
-            (colour, marker), (method, *options) = LOOKS[look], line.split(" ", 1)
+        for (method, options), look in RANKS.items():
+            colour, marker = LOOKS[look]
             points = {ARMS[name].rank: [v for v in found["kept"] if v is not None]
                       for name, found in stored[task]["arms"].items()
-                      if ARMS[name].method == method and ARMS[name].options == "".join(options)}
+                      if (ARMS[name].method, ARMS[name].options) == (method, options)}
             points = sorted((r, kept) for r, kept in points.items() if kept)
             ax.plot([r for r, _ in points], [stats.mean(kept) for _, kept in points], color=colour,
-                    label=line.replace("--", ""))
+                    label=f"{method} {options}".replace("--", "").strip())
             ax.plot(*zip(*((r, v) for r, kept in points for v in kept)), color=colour,
                     marker=marker, linestyle="")
         ax.set_xscale("log", base=2)
