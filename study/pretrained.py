@@ -32,7 +32,8 @@ CONTEXT, LONGEST, EXAMPLES = 256, 192, 1600  # tokens of the model, of a row; ro
 STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, where all are compared
 CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
 ITEMS, TEXT_ROWS = 60, 16  # evaluated
-POOL, SHOTS = 600, 3       # questions asked to find known ones, each after examples of its kind
+POOL, MADE_POOL, SHOTS = 3000, 200, 3  # questions asked, of a file or made, each after examples
+KNOWN = 240                            # of them that were answered right and are asked again
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
 SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4,
@@ -77,7 +78,7 @@ def plan():
 def made_rows(name):
     """Questions of arithmetic, or to copy words: what a model of this size can partly do."""
     rng = random.Random(name)
-    for _ in range(POOL // 3):
+    for _ in range(MADE_POOL):
         a, b, words = rng.randrange(2, 50), rng.randrange(2, 50), " ".join(rng.sample(WORDS, 4))
         yield ({"question": f"What is {a} + {b}?", "answer": f"{a + b}"} if name == "sums" else
                {"question": f"Repeat these words: {words}", "answer": words})
@@ -109,7 +110,7 @@ def write_tasks(texts, out, encoding):
 
 
 def known_questions(model, encoding, name, texts, out, identity):
-    """Up to 2 ITEMS of POOL questions, answers of 1 to 5 tokens, that the model answers right."""
+    """Up to KNOWN of POOL questions, answers of 1 to 5 tokens, that the model answers right."""
     def tokens(text):
         return len(encoding.encode_ordinary(text))
 
@@ -124,7 +125,7 @@ def known_questions(model, encoding, name, texts, out, identity):
         return {"right": [i for i, item in enumerate(items) if item.check(given[i])],
                 "asked": len(items)}
     right = cached_json(out / f"known-{name}.json", identity, ask)["right"]
-    return [items[i] for i in right[:2 * ITEMS]]
+    return [items[i] for i in right[:KNOWN]]
 
 
 def kept(model, paths, texts, out, identity):
