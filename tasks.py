@@ -201,14 +201,21 @@ class PretrainingMixture:
 
 
 class Chunks:
-    """Token chunks of one long text; each starts at the start of a line."""
+    """Token chunks of one long text; each starts at the start of a line, or after a multiple of
+    1,000 characters of a longer one."""
 
     def __init__(self, text, encode):
-        lines = [np.array(encode(t), np.int32) for t in text.splitlines(keepends=True) or [""]]
+        lines = [np.array(encode(line[i:i + 1000]), np.int32)
+                 for line in text.splitlines(keepends=True) or [""]
+                 for i in range(0, len(line) or 1, 1000)]
         self.tokens = np.concatenate(lines)
         self.starts = np.cumsum([0] + [len(line) for line in lines[:-1]])
 
     def draw(self, rng, length):
+        """`length` tokens from a random start; ValueError if the text has fewer."""
+        if len(self.tokens) < length:
+            raise ValueError(f"a text of {len(self.tokens):,} tokens is too short for rows of "
+                             f"{length}: give more text, or a smaller --context")
         last = np.searchsorted(self.starts, len(self.tokens) - length, side="right")
         start = self.starts[rng.randrange(last)]
         return self.tokens[start:start + length].tolist()

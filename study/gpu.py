@@ -16,8 +16,7 @@ import time
 import torch
 
 import train
-from extras.cli import command
-from extras.files import read_cached_json, write_json
+from extras.files import load, read_cached_json, write_json
 from extras.machine import describe, pick_device
 from extras.tables import markdown
 from study.speed import MICRO
@@ -97,39 +96,25 @@ def quick_comparison(run):
 
 
 def adapting(run, *launcher, options=()):
-    """What `timed_adapt` finds in 400 steps of FoLoRA in a process of its own."""
+    """(seconds, losses) of 400 steps of FoLoRA, made anew in a process of its own."""
     if not (run.job / "code/calibration.pt").exists():
         speed_row("main-job")(run)
-    path, micro = run.out / "timed.json", MICRO["--adapt"].split() if run.rehearse else []
-    run(*launcher, "-m", "study.gpu", path, "adapt", "--task", "code", "--method", "folora",
-        "--lr", "0.008", "--seed", "11", "--out", run.job, *micro, *options)
-    return json.loads(path.read_text())
-
-
-def timed_adapt(path, *arguments):
-    """`train.py *arguments` anew; each step's loss, the time of a step in the second half of them,
-    and how much longer the first half took go to the JSON file `path`."""
-    args, times = train.parser().parse_args(arguments), []
-
-    def loop(model, optimizers, batch, settings, partial, **options):
-        times.append(time.time())
-        losses = train.training_loop(model, optimizers, batch, settings, None, **options,
-                                     after=lambda step: times.append(time.time()))
-        half = len(losses) // 2
-        step = (times[-1] - times[half]) / (len(losses) - half)
-        write_json(path, {"losses": losses, "s per step": step,
-                          "s at first": times[half] - times[0] - half * step})
-        return losses
-
-    (train.run_folder(args) / "adapter.pt").unlink(missing_ok=True)
-    train.adapt(args, loop=loop)
+    micro = MICRO["--adapt"].split() if run.rehearse else []
+    arguments = ["adapt", "--task", "code", "--method", "folora", "--lr", "0.008", "--seed", "11",
+                 "--out", str(run.job), *micro, *options]
+    path = train.run_folder(train.parser().parse_args(arguments)) / "adapter.pt"
+    path.unlink(missing_ok=True)
+    began = time.time()
+    run(*launcher, "train.py", *arguments)
+    return time.time() - began, load(path, "adapter", "")["losses"]
 
 
 def beside_plain(run, *launcher, **options):
-    """A run so launched, or with these options; a plain one; how far their losses differ, nats."""
-    found, plain = adapting(run, *launcher, **options), adapting(run)
-    pairs = zip(found.pop("losses"), plain.pop("losses"), strict=True)
-    return {**found, "plain": plain, "losses differ by": max(abs(a - b) for a, b in pairs)}
+    """Seconds of a run so launched, or with these options, and of a plain one; how far their losses
+    differ, nats."""
+    (seconds, found), (plain, expected) = adapting(run, *launcher, **options), adapting(run)
+    return {"s": seconds, "s plain": plain,
+            "losses differ by": max(abs(a - b) for a, b in zip(found, expected, strict=True))}
 
 
 def torchrun(run):
@@ -201,7 +186,3 @@ def gpu(args):
     failed = [name for name, found in steps.items() if "failed" in found]
     if failed:
         raise ValueError(f"failed: {', '.join(failed)}; {path} says why")
-
-
-if __name__ == "__main__":  # for `adapting`
-    command(lambda: timed_adapt(pathlib.Path(sys.argv[1]), *sys.argv[2:]))

@@ -1,4 +1,7 @@
-"""Variants of FoLoRA, for the study alone: `Method`s, and `FINISHES` of what was learned."""
+"""Variants of FoLoRA and of the baselines' settings, for the study alone: `Method`s, and `FINISHES`
+of what was learned."""
+from dataclasses import replace
+
 import torch
 
 from extras import baselines
@@ -56,6 +59,11 @@ def null_space(steps=None):
     return Method(null_space_start, steps, needs_moments=True)
 
 
+def with_start(name, start):
+    """A method of the table with another start."""
+    return replace(baselines.METHODS[name], start=start)
+
+
 FINISHES = {"wise-ft-0.5": interpolated(0.5), "sadam-full-cut32": compressed(32)}
 METHODS = {
     **baselines.METHODS,
@@ -65,6 +73,13 @@ METHODS = {
     "null-penalty-only": null_space(penalty_only),
     "null-utility-only": null_space(utility_only),
     "kaiming-sadam": Method(steps=sadam, needs_moments=True),
+    # C in a unit that makes A0 a tenth and B0 ten times as large
+    "corda-100": with_start("corda", lambda W0, C_pre, **options: baselines.corda_start(
+        W0, 100 * C_pre, **options)),
+    "sc-lora-0.8": with_start("sc-lora", lambda W0, **options: baselines.sc_lora_start(
+        W0, beta=0.8, **options)),
+    "oplora-3": replace(baselines.METHODS["oplora"],  # of 96 directions, as 128 of 4,096
+                        protected=lambda W0: baselines.oplora_protected(W0, 3)),
     "wise-ft-0.5": baselines.METHODS["lora"],
     "sadam-full-cut32": baselines.METHODS["sadam-full"],
 }

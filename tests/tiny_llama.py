@@ -6,7 +6,7 @@ import torch
 
 from extras import bpe
 from extras.llama import Llama, LlamaConfig
-from extras.llama_weights import config_json
+from extras.published import config_json
 
 VOCAB, CONTEXT = 300, 48
 

@@ -10,7 +10,7 @@ import eval as evaluation
 import train
 from extras.files import load_adapter, load_foundation
 from extras.llama import Llama
-from extras.llama_weights import read_published
+from extras.published import read_published
 from extras.user_data import evaluation_items
 from micro import ADAPT, CALIBRATE, FOLDER, adapt, error_line
 from model import LoRALinear, block_linears

@@ -104,7 +104,7 @@ def assert_whole(out):
         if path.name in KINDS:
             load(path, KINDS[path.name], "")
         elif path.is_file():
-            assert path.suffix in (".tmp", ".lock", ".bin"), path
+            assert path.suffix in (".tmp", ".lock"), path
 
 
 @pytest.fixture(scope="module")
@@ -300,34 +300,3 @@ def test_a_lock_can_be_refused_and_ends_with_its_process(processes, tmp_path):
     with file_lock(tmp_path / "x") as locked:
         assert locked
     assert [path.name for path in tmp_path.iterdir()] == ["held"]
-
-
-# ------------------------------------------------------------------------------------------------
-# Little memory
-
-def little_memory():
-    """60 MB more than this process has; training a micro model takes some 40 MB."""
-    status = pathlib.Path("/proc/self/status").read_text()
-    most = (int(re.search(r"VmData:\s*(\d+)", status)[1]) + 60 * 1024) * 1024
-    resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-
-
-def pretrain_on(processes, folder, megabytes):
-    """Train on so much text, the second half of it one line, with 60 MB; returns its tokens' MB."""
-    with open(folder / "big.txt", "w") as f:
-        for i in range(megabytes << 14):
-            line = f"{i:10} stands at the start of a line of sixty-four characters"[:63]
-            f.write(line + "\n "[i >> 13 >= megabytes])
-    arguments = STAGES["pretrain"].replace("TEXT", str(folder / "big.txt"))
-    finish(start(processes, arguments, folder / "out", before=little_memory, save_every=30),
-           seconds=600)
-    (folder / "big.txt").unlink()
-    return next((folder / "out").glob("tokens-*.bin")).stat().st_size >> 20
-
-
-@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="needs Linux")
-@pytest.mark.parametrize("megabytes", [32, pytest.param(1000, marks=pytest.mark.slow)])
-def test_text_larger_than_memory(processes, tmp_path, megabytes):
-    size = pretrain_on(processes, tmp_path, megabytes)
-    assert size >= 2 * megabytes
-    print(f"\n{megabytes} MB of text, {size} MB of tokens, 60 MB of memory")

@@ -10,9 +10,9 @@ import torch
 import calibrate
 import eval as evaluation
 import train
-from extras.files import load_adapter, load_foundation, read_safetensors
+from extras.files import load_adapter, load_foundation
 from extras.gpt2 import from_gpt2, gpt2_layout
-from extras.llama_weights import read_published
+from extras.published import read_published, read_safetensors
 from extras.user_data import evaluation_items
 from micro import ADAPT, CALIBRATE, FOLDER, PRETRAIN, adapt
 from model import GPT, GPTConfig, LoRALinear, block_linears

@@ -28,7 +28,7 @@ import train
 from extras.cli import command
 from extras.files import (cached_json, load, load_adapter, load_foundation, save,
                           save_resume_state)
-from extras.llama_weights import read_published
+from extras.published import read_published
 from extras.user_data import file_items, item_from_row, read_text
 from micro import (ADAPT, CALIBRATE, PRETRAIN, STAGES, adapt, one_mixture, out,  # noqa: F401
                    write_jsonl)

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, strategies as st
 
 import calibrate
-from extras import bpe, llama_weights
+from extras import bpe, published
 from extras.bpe import ByteLevelBPE
 from extras.llama import LlamaConfig
-from extras.llama_weights import config_json, folder_config, pairs_to_halves, read_published
+from extras.published import config_json, folder_config, pairs_to_halves, read_published
 from model import LoRALinear, add_lora, block_linears, generate, merge_lora
 from tiny_llama import (VOCAB, tiny, tokenizer_json, vocabulary, write_folder,
                         write_safetensors)
@@ -318,7 +318,7 @@ def test_a_sliding_window_as_long_as_the_context_is_none():
 
 def gguf_content(model, **changes):
     """(metadata, tensors in numpy) of a GGUF file of the model."""
-    c, names = model.config, {hf: own for own, hf in llama_weights.GGUF_NAMES.items()}
+    c, names = model.config, {hf: own for own, hf in published.GGUF_NAMES.items()}
     vocab, merges, special = vocabulary()
     fields = {"general.architecture": "llama", "llama.context_length": c.block_size,
               "llama.embedding_length": c.n_embd, "llama.block_count": c.n_layer,

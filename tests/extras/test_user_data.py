@@ -4,7 +4,6 @@ import json
 import pathlib
 import random
 
-import numpy as np
 import pytest
 import tiktoken
 from hypothesis import given, settings, strategies as st
@@ -145,25 +144,29 @@ def test_documents_of_a_text_file_are_told_apart(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("data")
     (folder / "text.txt").write_text(tasks.EOT.join(documents))
     for encoding in ENCODING, OTHER:
-        text = TextFiles([folder / "text.txt"], encoding, folder)
-        with open(folder / "tokens", "wb") as f:
-            text.write(f)
-        tokens = np.fromfile(folder / "tokens", np.uint16).tolist()
-        expected = [[text.eot, *encoding.encode_ordinary(part)] for part in documents]
-        assert tokens == sum(expected, [])
+        tokens = TextFiles([folder / "text.txt"], encoding).chunks.tokens
+        assert encoding.decode(tokens) == tasks.EOT.join(documents)
+        assert (tokens == encoding.eot_token).sum() == len(documents) - 1
 
 
 def test_a_row_of_text_starts_with_a_line_and_a_text_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "x.txt").write_text("ab\ncde\n\nf\n" * 20)
-    text = TextFiles([tmp_path / "x.txt"], ENCODING, tmp_path)
-    with open(text.path, "wb") as f:
-        text.write(f)
+    text = TextFiles([tmp_path / "x.txt"], ENCODING)
     for seed in range(50):
         row = text.row(random.Random(seed), 12)
         assert len(row) == 12 and row[0] == ENCODING.eot_token
         assert ENCODING.decode(row[1:]).startswith(("ab\n", "cde\n", "\nf\n", "f\n"))
-    with pytest.raises(ValueError, match="data has 201 tokens; a row takes 300"):
-        text.row(random.Random(0), 300)
+    (tmp_path / "empty.txt").write_text("")
+    for file, size in ("x", 200), ("empty", 0):
+        with pytest.raises(ValueError, match=f"a text of {size} tokens is too short for rows of 299"):
+            TextFiles([tmp_path / f"{file}.txt"], ENCODING).row(random.Random(0), 300)
+
+
+def test_rows_of_a_single_long_line_start_everywhere_in_it(tmp_path):
+    (tmp_path / "x.txt").write_text("".join(f"{i:9} " for i in range(1000)))
+    text = TextFiles([tmp_path / "x.txt"], ENCODING)
+    firsts = {ENCODING.decode(text.row(random.Random(seed), 11)[1:]) for seed in range(200)}
+    assert firsts == {f"{i:9} " for i in range(0, 1000, 100)}
 
 
 def test_a_foundation_is_made_again_when_its_text_changes(tmp_path, capsys):
@@ -174,14 +177,6 @@ def test_a_foundation_is_made_again_when_its_text_changes(tmp_path, capsys):
         text.write_text(text.read_text() + more)
         train.main(command)
         assert capsys.readouterr().out.endswith(f"foundation.pt {answer}\n")
-
-
-@pytest.mark.parametrize("content", [None, b""])
-def test_text_that_is_missing_or_empty_is_named(tmp_path, content):
-    if content is not None:
-        (tmp_path / "x.txt").write_bytes(content)
-    with pytest.raises(ValueError, match="x.txt, which is missing, empty or not a file"):
-        TextFiles([tmp_path / "x.txt"], ENCODING, tmp_path)
 
 
 def test_real_files_have_no_bad_row():

@@ -1,4 +1,5 @@
-"""Read weights of the Llama family: SmolLM2 from its package, GGUF files, Hugging Face's folders.
+"""Read weights that others trained: GPT-2's, and the Llama family's from the package of SmolLM2,
+GGUF files and Hugging Face's folders.
 
     python train.py pretrain --foundation smollm2         # or model.gguf, or a folder
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from extras.bpe import gguf_tokenizer, json_tokenizer
-from extras.files import friendly_errors, read_weights
+from extras.files import friendly_errors
 from extras.gpt2 import GPT2, download, from_gpt2
 from extras.llama import Llama, LlamaConfig
 
@@ -184,3 +185,45 @@ def config_json(config, end):
                 max_position_embeddings=config.block_size, rms_norm_eps=config.norm_eps,
                 rope_theta=config.rope_base, tie_word_embeddings=config.tied,
                 attention_bias=False, mlp_bias=False, bos_token_id=end, eos_token_id=end)
+
+
+# ------------------------------------------------------------------------------------------------
+# Files of weights
+
+def read_safetensors(path):
+    """{name: tensor} of a .safetensors file: eight bytes for the length of a JSON header, which
+    gives each tensor's type, shape and place, then the raw little-endian tensors."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+              "U8": torch.uint8, "BOOL": torch.bool}
+    content = bytearray(path.read_bytes())
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        raw = torch.frombuffer(content[start + first:start + last], dtype=dtypes[entry["dtype"]])
+        tensors[name] = raw.reshape(entry["shape"])
+    return tensors
+
+
+def weight_files(folder):
+    """A folder's file of weights, or those that its index lists; else the one to be missed."""
+    for name in "model.safetensors", "pytorch_model.bin":
+        if (folder / name).is_file():
+            return [folder / name]
+    for index in sorted(folder.glob("*.index.json")):
+        with friendly_errors(index, "give a complete folder"):
+            names = json.loads(index.read_bytes())["weight_map"].values()
+            return [folder / name for name in sorted(set(names))]
+    return [folder / "model.safetensors"]
+
+
+def read_weights(path):
+    """{name: tensor} of a .safetensors or .bin file, or of a folder in Hugging Face's layout."""
+    weights = {}
+    for file in weight_files(path) if path.is_dir() else [path]:
+        with friendly_errors(file, "give a complete model in GPT-2's or Llama's layout"):
+            weights |= (read_safetensors(file) if file.suffix == ".safetensors" else
+                        torch.load(file, map_location="cpu", weights_only=True))
+    return weights
