@@ -238,8 +238,13 @@ class SAdam(torch.optim.Optimizer):
         m_hat = m / (1 - betas[0] ** state["step"])
         v_hat = v / (1 - betas[1] ** state["step"])
         step = m_hat * -lr / (v_hat.sqrt() + eps)         # Adam's step, -η m̂ / (√v̂ + ε)
+        step = self.gated(step, gate, state, lr)          # ΔĀ ⊙ s̃
         if V is not None:
-            # the gate multiplies the step: Adam would normalise a gated *gradient* away
-            step = (step * gate) @ V.T.to(step)           # ΔA = (ΔĀ ⊙ s̃) Vᵀ
+            step = step @ V.T.to(step)                    # ΔA = (ΔĀ ⊙ s̃) Vᵀ
         p.mul_(1 - lr * weight_decay)
         p.add_(step)
+
+    def gated(self, step, gate, state, lr):
+        """Adam's step in the basis, times the gate. (Adam would normalise a gated *gradient* away.)
+        Parameters without a basis have no gate."""
+        return step if gate is None else step * gate

@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, added_loss, default_rate, protect
+from extras.baselines import METHODS, PullBack, added_loss, default_rate, protect
 from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
@@ -27,7 +27,7 @@ from extras.machine import (Progress, all_reduce_sum, autocast, pick_device, pre
 from extras.machine import describe as describe_machine
 from extras.muon import pretraining_optimizers
 from extras.user_data import TextFiles, drop_long_items, load_items
-from folora import SAdam, solve_layer
+from folora import solve_layer
 from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
@@ -97,9 +97,9 @@ def backward(model, x, y, penalty, parts=1):
 
 
 def training_loop(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03,
-                  clip=1.0, after=None, penalty=lambda step: 0, parts=1):
+                  clip=1.0, penalty=lambda step: 0, parts=1):
     """Run settings["steps"] steps on batch(step) -> (x, y), each (B, T) on the CPU; returns each
-    step's loss in nats, with penalty(step) added. after(steps done) is called after each step.
+    step's loss in nats, with penalty(step) added.
 
     Batches depend on the step alone, so an interrupted run continues exactly from the file
     `partial`, saved every SAVE_EVERY seconds (on a GPU up to rounding: attention varies there).
@@ -126,8 +126,6 @@ def training_loop(model, optimizers, batch, settings, partial, shape="cosine", w
                                  f"smaller --lr than {settings['lr']}")
             for optimizer in optimizers:
                 optimizer.step()
-            if after:
-                after(step + 1)
             progress(step + 1, f"step {step + 1}/{steps}  loss {statistics.mean(losses[-20:]):.3f}")
             if partial and step + 1 < steps and time.time() - saved > SAVE_EVERY:
                 save_resume_state(partial, settings, losses, trained, optimizers)
@@ -221,14 +219,16 @@ def adapt(args, methods=METHODS, loop=training_loop):
             spectral |= start_layer(name, layer, method, moments, args, generator)
             progress(number)
         # Step 5: Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
-        optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
-                          basis_dtype=getattr(torch, args.basis_dtype))
+        options = {"lr": args.lr, "basis_dtype": getattr(torch, args.basis_dtype)}
+        if method.optimizer is PullBack:  # SAdam, whose steps are then partly taken back
+            options["strength"] = args.pull * args.rank / 32
+        optimizer = method.optimizer([p for p in model.parameters() if p.requires_grad], spectral,
+                                     **options)
         # Train. SAdam has its own copies of the bases, so these, in float64, can be freed.
         spectral.clear()
-        options = {"after": method.after(model, optimizer, args.pull)} if method.after else {}
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
                       penalty=added_loss(method, model, layers, calibration, args),
-                      parts=args.accumulate, **options)
+                      parts=args.accumulate)
         return {"changed": adapter_state_dict(model), "losses": losses}
 
     build_if_stale(path, "adapter", settings, build)

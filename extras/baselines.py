@@ -1,5 +1,5 @@
-"""All methods in one table: how each differs from LoRA in where it starts, how it steps, what it
-adds to the loss or does after a step. Singular value decompositions are in float64."""
+"""All methods in one table: how each differs from LoRA in where it starts, how it steps, and what
+it adds to the loss. Singular value decompositions are in float64."""
 import copy
 import math
 import random
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import tasks
 from extras.machine import autocast
-from folora import null_space_start, projection_start, spectral_gate
-from model import LoRALinear, block_linears
+from folora import SAdam, null_space_start, projection_start, spectral_gate
+from model import LoRALinear
 
 
 # ------------------------------------------------------------------------------------------------
@@ -203,25 +203,23 @@ def added_loss(method, model, layers, calibration, args):
 
 
 # ------------------------------------------------------------------------------------------------
-# After each step
+# Another optimizer
 
-def pull_back(model, optimizer, strength):
-    """Ours: after(steps done) takes back the share η · strength · r / 32 of ΔB, and of ΔA in the
-    basis times 1 - gate. As Adam's steps are mostly of at most η, a number of ΔB stays below
-    32 / (strength · r): the more directions, the less each needs to hold."""
-    layers = block_linears(model, LoRALinear).values()
-    bases = {V: A for A, (V, _) in optimizer.spectral.items()}  # layers with one input share theirs
-    inverse = {V: torch.linalg.inv(V.double()).T.to(A) for V, A in bases.items()}  # V⁻ᵀ
+class PullBack(SAdam):
+    """Ours: SAdam that after each step takes back a share of what was learned so far: of ΔB the
+    share η · strength, of ΔA in the basis that times 1 - gate. As Adam's steps are mostly of at most
+    η, a number of ΔB stays below 1 / strength."""
 
-    @torch.no_grad()
-    def after(step):
-        for layer in layers:
-            A, (V, gate) = layer.lora_A, optimizer.spectral[layer.lora_A]
-            share = optimizer.param_groups[0]["lr"] * strength * len(A) / 32
-            learned = (A - layer.lora_A0) @ inverse[V]  # ΔĀ = ΔA V⁻ᵀ
-            A -= share * (learned * (1 - gate)) @ V.T.to(A)
-            layer.lora_B.lerp_(layer.lora_B0, share)
-    return after
+    def __init__(self, params, spectral, strength, **options):
+        super().__init__(params, spectral, **options)
+        self.strength = strength
+
+    def gated(self, step, gate, state, lr):
+        learned = state.setdefault("learned", torch.zeros_like(step))  # ΔB, or ΔA in the basis
+        share = lr * self.strength * (1 if gate is None else 1 - gate)
+        move = (learned + super().gated(step, gate, state, lr)) * (1 - share) - learned
+        learned += move
+        return move
 
 
 # ------------------------------------------------------------------------------------------------
@@ -233,7 +231,7 @@ class Method:
     steps: Callable | None = None              # (m, lam, s_min) -> (basis, gate); None: Adam's
     penalty: Callable | None = None            # (S_pre, C_pre) -> (S, C) of the KL penalty
     rehearsal: Callable | None = None          # replay_loss or distill_loss
-    after: Callable | None = None              # (model, SAdam, strength) -> after(step)
+    optimizer: type = SAdam                    # or PullBack
     train_A: bool = True
     protected: Callable | None = None          # W0 -> (U_k, V_k), directions ΔW may not use
     needs_moments: bool = False                # start or steps use the layer's `solve_layer`
@@ -270,7 +268,7 @@ METHODS = {
     "sadam-full": Method(None, sadam, needs_moments=True, lr=5e-4, source="the paper, App. D"),
     "sadam-full-truncated": Method(None, truncated, needs_moments=True, lr=5e-4,
                                    source="both of App. D"),
-    "folora-pull-back": Method(null_space_start, sadam, after=pull_back, needs_moments=True,
+    "folora-pull-back": Method(null_space_start, sadam, optimizer=PullBack, needs_moments=True,
                                lr=2.3e-2),
     "folora-leading": Method(leading_start, sadam, needs_moments=True, lr=8e-3),
     "folora-replay": Method(null_space_start, sadam, rehearsal=replay_loss, needs_moments=True,

@@ -85,10 +85,9 @@ def pretraining(device):
     return model, train.pretraining_optimizers(model, 1e-3, 5e-3)
 
 
-def curve(setup, device, partial=None, after=None, steps=20):
+def curve(setup, device, partial=None, batch=code_batch, steps=20):
     model, optimizers = setup(device)
-    return train.training_loop(model, optimizers, code_batch, {"steps": steps, "lr": 0}, partial,
-                               after=after)
+    return train.training_loop(model, optimizers, batch, {"steps": steps, "lr": 0}, partial)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -121,16 +120,17 @@ def test_resumed_from_a_saved_state(device, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_EVERY", 0)
     monkeypatch.setattr(train, "tf32", contextlib.nullcontext)
 
-    def stop(done):
-        if done == 6:
+    def stopping(step):
+        if step == 5:
             raise KeyboardInterrupt
+        return code_batch(step)
 
     for setup in adapting, pretraining:
         whole = curve(setup, torch.device("cpu"), steps=10)  # the rates depend on the steps
         for first, second in (torch.device("cpu"), device), (device, torch.device("cpu")):
             partial = tmp_path / "run.partial"
             with pytest.raises(KeyboardInterrupt):
-                curve(setup, first, partial, stop, steps=10)
+                curve(setup, first, partial, stopping, steps=10)
             saved = torch.load(partial, weights_only=True)
             assert len(saved["losses"]) == 5
             found = curve(setup, second, partial, steps=10)

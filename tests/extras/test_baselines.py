@@ -2,7 +2,8 @@
 
 Every start leaves the layer as it was, and takes from W0 what its paper says. The KL penalty is the KL
 divergence from the base model to second order, exactly so for one softmax layer. Rehearsal has the
-share of the loss that its weight says. A method asks for a calibration exactly if something in it uses one, trains what it says, and moves nothing else.
+share of the loss that its weight says. A method asks for a calibration exactly if something in it
+uses one, trains what it says, and moves nothing else.
 """
 import argparse
 import dataclasses
@@ -15,11 +16,11 @@ from hypothesis import given, settings, strategies as st
 import tasks
 import train
 from calibrate import second_moments
-from extras.baselines import (METHODS, corda_start, default_rate, diagonal, distill_loss, fisher,
-                              isotropic, kaiming_start, kl_penalty, kl_term, leading_start,
+from extras.baselines import (METHODS, PullBack, corda_start, default_rate, diagonal, distill_loss,
+                              fisher, isotropic, kaiming_start, kl_penalty, kl_term, leading_start,
                               lora_null_start, milora_start, oplora_protected, pissa_start,
-                              protect, pull_back, rehearsal_term, replay_loss, sadam,
-                              sc_lora_start, truncated)
+                              protect, rehearsal_term, replay_loss, sadam, sc_lora_start,
+                              truncated)
 from folora import (SAdam, damped, forgetting_penalty, null_space_start, solve_layer,
                     spectral_gate)
 from matrices import (EPS, adapted, blocks, close, cond, decomposed, eye, f64, invertible, kappas,
@@ -408,60 +409,76 @@ def test_rehearsed_rows_depend_on_the_step_and_the_seed_alone(bytes_of_31):
 
 
 # ------------------------------------------------------------------------------------------------
-# After a step: pulling back
+# Pulling back
 
-class OneLayer(torch.nn.Module):
-    """What `pull_back` sees of a model: one adapter, random moments, and SAdam at rate η."""
-    block_prefix = ""
+class OneLayer:
+    """An adapter, A and B, with random moments and PullBack at rate η."""
 
-    def __init__(self, block, lr):
-        super().__init__()
+    def __init__(self, block, lr, strength):
         W0, _, X, self.r, randn = block
         self.m = solve_layer(second_moment(X), second_moment(randn(len(X), 20)), 0.1)
-        self.layer = adapted(W0, randn(self.r, len(X)), randn(len(W0), self.r))
+        layer = adapted(W0, randn(self.r, len(X)), randn(len(W0), self.r))
         self.V, self.gate = sadam(self.m, 1.0, 0.3)
-        self.A, self.B = self.layer.lora_A, self.layer.lora_B
-        self.optimizer = SAdam([self.A, self.B], {self.A: (self.V, self.gate)}, lr=lr)
+        self.A, self.B = layer.lora_A, layer.lora_B
+        self.start = self.A.detach().clone(), self.B.detach().clone()
+        self.optimizer = PullBack([self.A, self.B], {self.A: (self.V, self.gate)}, strength, lr=lr)
+
+    def step(self, gradient_A, gradient_B):
+        self.A.grad, self.B.grad = gradient_A.clone(), gradient_B.clone()
+        self.optimizer.step()
 
     def changes(self):
         """(ΔA, ΔB)."""
-        return self.A - self.layer.lora_A0, self.B - self.layer.lora_B0
+        return self.A - self.start[0], self.B - self.start[1]
 
 
 @given(block=blocks())
 def test_pulling_back_by_the_formula(block):
-    """ΔB loses a share, here 1/4, ΔA that share times 1 - s̃ in the basis' coordinates; in H's inner
-    product, so ΔA's forgetting penalty falls."""
-    model, randn = OneLayer(block, lr=0.5), normal(5)
-    dA, dB = randn(*model.A.shape), randn(*model.B.shape)
-    with torch.no_grad():
-        model.A += dA
-        model.B += dB
-    pull_back(model, model.optimizer, 16 / model.r)(1)
-    V, H, (found, found_B) = model.V, model.m["H"], model.changes()
-    expected = dA - (dA @ H @ V * (1 - model.gate)) @ V.T / 4  # V⁻ᵀ = HV
-    assert (found - expected).norm() <= 1e-8 * (1 + dA.norm() * H.norm() * V.norm() ** 2)
-    assert close(found_B, 0.75 * dB, 1e-9)
-    assert forgetting_penalty(found, H) <= forgetting_penalty(dA, H) * (1 + 1e-9)
+    """A step of SAdam, then ΔB loses a share, here 1/4, and ΔA that share times 1 - s̃ in the basis'
+    coordinates; in H's inner product, so ΔA's forgetting penalty falls."""
+    model, randn = OneLayer(block, lr=0.5, strength=0.5), normal(5)
+    A, B = (torch.nn.Parameter(start.clone()) for start in model.start)
+    other, V, H = SAdam([A, B], {A: (model.V, model.gate)}, lr=0.5), model.V, model.m["H"]
+    for _ in range(3):
+        A.grad, B.grad = randn(*A.shape), randn(*B.shape)
+        model.step(A.grad, B.grad)
+        other.step()
+        with torch.no_grad():
+            dA, dB = A - model.start[0], B - model.start[1]
+            A -= (dA @ H @ V * (1 - model.gate)) @ V.T / 4  # V⁻ᵀ = HV
+            B -= dB / 4
+            bound = 1e-8 * (1 + dA.norm() * H.norm() * V.norm() ** 2)
+            found, found_B = model.changes()
+            assert (found - (A - model.start[0])).norm() <= bound
+            assert close(found_B, 0.75 * dB, 1e-9)
+            assert forgetting_penalty(found, H) <= forgetting_penalty(dA, H) * (1 + 1e-9) + bound
 
 
 @settings(max_examples=20)
 @given(block=blocks())
 def test_what_is_pulled_back_stays_bounded(block):
     """Adam's steps all in one direction, the worst case: each number of ΔB approaches η (1 - share) /
-    share, below 32 / (strength r), and a coordinate of ΔA stays below that times s̃ / (1 - s̃)."""
-    model, strength = OneLayer(block, lr=0.1), 80 / block[3]  # share 1/4, bound 0.4
-    after, size = pull_back(model, model.optimizer, strength), model.A.shape
-    gradient = normal(6)(*size) @ torch.linalg.inv(model.V)  # no coordinate of it is 0
-    for step in range(1, 61):
-        model.A.grad, model.B.grad = gradient.clone(), torch.ones_like(model.B)
-        model.optimizer.step()
-        after(step)
+    share, below 1 / strength, and a coordinate of ΔA stays below that times s̃ / (1 - s̃)."""
+    model = OneLayer(block, lr=0.1, strength=2.5)  # share 1/4, bound 0.4
+    gradient = normal(6)(*model.A.shape) @ torch.linalg.inv(model.V)  # no coordinate of it is 0
+    for _ in range(60):
+        model.step(gradient, torch.ones_like(model.B))
     dA, dB = model.changes()
     assert torch.allclose(dB, torch.full_like(dB, -0.3), atol=1e-3)
     bound = 0.4 * model.gate / (1 - model.gate)
     error = 1e-6 * (1 + dA.norm() * model.m["H"].norm() * model.V.norm())
     assert ((dA @ model.m["H"] @ model.V).abs() <= bound + error).all()
+
+
+def test_without_strength_nothing_is_pulled_back():
+    A, again = (torch.nn.Parameter(normal(0)(3, 4)) for _ in range(2))
+    V, gate = invertible(4, 0), torch.rand(4).double()
+    for p, optimizer in (A, PullBack([A], {A: (V, gate)}, 0, lr=0.1)), (
+            again, SAdam([again], {again: (V, gate)}, lr=0.1)):
+        for seed in range(5):
+            p.grad = normal(seed)(3, 4)
+            optimizer.step()
+    assert close(A, again, 1e-9)
 
 
 # ------------------------------------------------------------------------------------------------
