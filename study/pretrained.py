@@ -32,7 +32,7 @@ CONTEXT, LONGEST, EXAMPLES = 256, 192, 1600  # tokens of the model, of a row; ro
 STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, where all are compared
 CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
 ITEMS, TEXT_ROWS = 60, 16  # evaluated
-POOL, MADE_POOL, SHOTS = 3000, 200, 3  # questions asked, of a file or made, each after examples
+POOL, MADE_POOL, SHOTS = 1728, 200, 3  # questions asked, of a file or made, each after examples
 KNOWN = 240                            # of them that were answered right and are asked again
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
@@ -109,8 +109,9 @@ def write_tasks(texts, out, encoding):
     return {task: out / f"{task}.jsonl" for task in TASKS}
 
 
-def known_questions(model, encoding, name, texts, out, identity):
-    """Up to KNOWN of POOL questions, answers of 1 to 5 tokens, that the model answers right."""
+def few_shot_items(encoding, name, texts):
+    """Up to POOL questions with answers of 1 to 5 tokens, in random order, each after SHOTS
+    examples of its kind."""
     def tokens(text):
         return len(encoding.encode_ordinary(text))
 
@@ -118,21 +119,28 @@ def known_questions(model, encoding, name, texts, out, identity):
              if tokens(item.answer) <= 5 and tokens(item.prompt) <= 40]
     chosen = random.Random(name).sample(items, min(POOL + SHOTS, len(items)))
     examples = "".join(f"{item.prompt}{item.answer}\n\n" for item in chosen[:SHOTS])
-    items = [replace(item, prompt=examples + item.prompt) for item in chosen[SHOTS:]]
+    return [replace(item, prompt=examples + item.prompt) for item in chosen[SHOTS:]]
 
+
+def known(model, items, path, identity):
+    """The first KNOWN of the items that the model answers right, as `path` says once it is there."""
     def ask():
         given = evaluation.answers(model, items)
         return {"right": [i for i, item in enumerate(items) if item.check(given[i])],
                 "asked": len(items)}
-    right = cached_json(out / f"known-{name}.json", identity, ask)["right"]
-    return [items[i] for i in right[:KNOWN]]
+    return [items[i] for i in cached_json(path, identity, ask)["right"][:KNOWN]]
 
 
 def kept(model, paths, texts, out, identity):
-    """({name: [Item]}, {name: text}) of what must be kept: a task, while another is learned."""
-    encoding = tasks.get_encoding(model.config.encoding)
-    items = {name: known_questions(model, encoding, name, texts, out, identity)
-             for name in ("trivia", "webquestions_test", *MADE)}
+    """({name: [Item]}, {name: text}) of what must be kept: a task, while another is learned. "Any"
+    questions are those first asked, right or not: what is chosen for having been answered right
+    can only get worse."""
+    encoding, items = tasks.get_encoding(model.config.encoding), {}
+    for name in "trivia", "webquestions_test", *MADE:
+        asked = few_shot_items(encoding, name, texts)
+        items[name] = known(model, asked, out / f"known-{name}.json", identity)
+        if name not in MADE:
+            items[f"any {name}"] = [replace(item, check=None) for item in asked[:2 * ITEMS]]
     humaneval = [tasks.Item(row["prompt"], row["canonical_solution"].rstrip(), None)
                  for row in rows_of(texts, "humaneval")]
     items["humaneval"] = drop_long_items(humaneval, encoding, CONTEXT, True)[0][:ITEMS]

@@ -11,6 +11,7 @@ from micro import CALIBRATE
 from study import __main__ as main, pretrained
 from study.pretrained import Run, plan, report
 from study.stats import crossing
+from tasks import byte_encoding
 from tiny_llama import tiny, write_folder
 
 
@@ -39,6 +40,25 @@ def test_the_tables_of_a_comparison_by_hand():
     assert re.search(r"lora r32, seed 0 +\| +1.200 +\| +9.000", text)
 
 
+def test_known_are_the_first_that_are_answered_right(tmp_path, monkeypatch):
+    """Of six questions, each after one example, the odd ones are answered right; two are kept. What
+    was asked once is not asked again."""
+    rows = [{"question": f"{i}?", "answer": f"{i}"} for i in range(20)]
+    for name, value in dict(POOL=6, SHOTS=1, KNOWN=2, rows_of=lambda *_: rows).items():
+        monkeypatch.setattr(pretrained, name, value)
+    items = pretrained.few_shot_items(byte_encoding(), "x", tmp_path)
+    assert len(items) == 6 and len({item.prompt.split("\n\n")[0] for item in items}) == 1
+    asked = []
+
+    def answers(model, items):
+        asked.append(len(items))
+        return [item.answer if i % 2 else "no" for i, item in enumerate(items)]
+    monkeypatch.setattr(pretrained.evaluation, "answers", answers)
+    for _ in range(2):
+        assert pretrained.known(None, items, tmp_path / "known.json", {"a": 1}) == [items[1], items[3]]
+    assert asked == [6]
+
+
 @pytest.fixture
 def texts(tmp_path):
     def write(name, rows):
@@ -64,9 +84,9 @@ def texts(tmp_path):
 def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
     """Two runs, then a third: the first two are read from disk. All questions count as known."""
     write_folder(tmp_path, tiny(vocab=265, context=256, std=0.1))
-    monkeypatch.setattr(pretrained, "known_questions", lambda model, encoding, name, *_: [
-        pretrained.item_from_row(row) for row in pretrained.rows_of(texts, name)])
-    for name, value in dict(STEPS=2, BATCH=2, TEXT_ROWS=2, ITEMS=2).items():
+    monkeypatch.setattr(pretrained, "known", lambda model, items, *_: items)
+    for name, value in dict(STEPS=2, BATCH=2, TEXT_ROWS=2, ITEMS=2, SHOTS=1, POOL=4,
+                            MADE_POOL=5).items():
         monkeypatch.setattr(pretrained, name, value)
     monkeypatch.setattr(pretrained, "CALIBRATE", [*CALIBRATE.split(), "--samples", "4"])
     monkeypatch.setattr(pretrained, "SMALL", {("lora", 4): 1e-2, ("folora-questions", 4): 1e-2,
@@ -82,6 +102,7 @@ def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
     assert "<<" not in (out / "gsm8k.jsonl").read_text()
     text = (out / "pretrained.md").read_text()
     assert "lora r4, seed 0" in text and "sadam-full, seed 0" in text and "trivia %" in text
+    assert "any trivia nats" in text and "any trivia %" not in text
     result = json.loads((out / "gsm8k" / "lora-r4-x2-seed0.json").read_text())
     assert len(result["answers"]) == len(pretrained.PROMPTS) and 3 < result["novels b/B"] < 15
     assert [p.name for p in out.glob("gsm8k/*/adapter.pt")] == ["adapter.pt"] * 2  # not full weights
