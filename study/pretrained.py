@@ -36,13 +36,11 @@ POOL, MADE_POOL, SHOTS = 1728, 200, 3  # questions asked, of a file or made, eac
 KNOWN = 240                            # of them that were answered right and are asked again
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
-SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4,
-         ("folora-questions", 32): 3, ("lora", 8): 6, ("folora", 8): 6, ("sadam-full", 0): -1,
-         ("lora-kl", 32): 5, ("replay", 32): 5, ("lora-null", 32): 3}
+SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4, ("lora", 8): 6,
+         ("folora", 8): 6, ("sadam-full", 0): -1, ("lora-kl", 32): 5, ("replay", 32): 5,
+         ("lora-null", 32): 3}
 MAIN = 3  # of these, how many are run first
 PULL = 60  # the small models' 10 times 576 / 96, since the rates are divided by that
-# "folora-questions" is folora, calibrated on samples of which every second one is a question
-QUESTIONS = ["calibration-questions", "--begin", "", "Question:"]
 MADE = ("sums", "copying")  # kinds of questions that are in no file
 WORDS = "river stone apple window garden silver music paper winter table horse letter".split()
 PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
@@ -172,14 +170,12 @@ def do(run, path, out, score, identity):
     """The scores of a run, which are on disk once it is done; full weights are not kept."""
     def make():
         common = ["--task", str(path), "--out", str(out)]
-        method = run.method.removesuffix("-questions")
-        name, *begin = QUESTIONS if method != run.method else ["calibration"]
-        if method != "lora":
-            calibrate.main([*common, *CALIBRATE, "--name", name, *begin])
+        if run.method != "lora":
+            calibrate.main([*common, *CALIBRATE])
         adapter = train.main([
-            "adapt", *common, "--method", method, "--rank", str(run.rank or 8), "--lr",
+            "adapt", *common, "--method", run.method, "--rank", str(run.rank or 8), "--lr",
             f"{run.rate:g}", "--seed", str(run.seed), "--steps", str(STEPS), "--batch", str(BATCH),
-            "--calibration", name, "--pull", f"{PULL}"])
+            "--pull", f"{PULL}"])
         found = score(load_adapter(adapter, out, pick_device()))
         if not run.rank:
             adapter.unlink()
