@@ -224,11 +224,11 @@ def adapt(args, methods=METHODS, loop=training_loop):
             options["strength"] = args.pull * args.rank / 32
         optimizer = method.optimizer([p for p in model.parameters() if p.requires_grad], spectral,
                                      **options)
-        # Train. SAdam has its own copies of the bases, so these, in float64, can be freed.
-        spectral.clear()
+        # Train. SAdam has its own copies of the bases; these, in float64, and the moments are freed.
+        added = added_loss(method, model, layers, calibration, args)
+        spectral.clear(), (calibration or {}).clear()
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
-                      penalty=added_loss(method, model, layers, calibration, args),
-                      parts=args.accumulate)
+                      penalty=added, parts=args.accumulate)
         return {"changed": adapter_state_dict(model), "losses": losses}
 
     build_if_stale(path, "adapter", settings, build)

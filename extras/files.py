@@ -16,7 +16,7 @@ import tasks
 from extras.bpe import ByteLevelBPE
 from extras.llama import make_model
 from extras.baselines import protect
-from extras.machine import barrier, rank_and_world
+from extras.machine import barrier, rank_and_world, release_freed_memory
 from model import add_lora, merge_lora
 
 try:
@@ -149,6 +149,7 @@ def build_if_stale(path, kind, settings, build):
             save(path, {"kind": kind, "settings": settings, **build()})
             path.with_suffix(".partial").unlink(missing_ok=True)
             print(f"{path} written")
+            release_freed_memory()
     barrier()
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 chosen = "auto"  # see set_precision
 
 
@@ -69,10 +70,15 @@ def describe(device):
 def keep_freed_memory():
     """Let Linux's malloc keep large freed blocks. It would return them to the kernel, which fills
     them with zeros again when they are next wanted: half of a step's time at GPT-2's vocabulary."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):       # not in every Linux
-        libc.mallopt(-4, 0)            # M_MMAP_MAX
-        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    if hasattr(LIBC, "mallopt"):       # not in every Linux
+        LIBC.mallopt(-4, 0)            # M_MMAP_MAX
+        LIBC.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+
+
+def release_freed_memory():
+    """Return what malloc has kept to the kernel: the next stage needs blocks of other sizes."""
+    if hasattr(LIBC, "malloc_trim"):
+        LIBC.malloc_trim(0)
 
 
 # ------------------------------------------------------------------------------------------------
