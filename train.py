@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, PullBack, added_loss, default_rate, protect
+from extras.baselines import METHODS, added_loss, default_rate, protect, pull_back
 from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
@@ -27,7 +27,7 @@ from extras.machine import (Progress, all_reduce_sum, autocast, pick_device, pre
 from extras.machine import describe as describe_machine
 from extras.muon import pretraining_optimizers
 from extras.user_data import TextFiles, drop_long_items, load_items
-from folora import solve_layer
+from folora import SAdam, solve_layer
 from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
@@ -204,29 +204,27 @@ def adapt(args, methods=METHODS, loop=training_loop):
     path = run_folder(args) / "adapter.pt"
 
     def build():
-        print(f"adapt: {args.task} with {args.method}, rank {args.rank}, learning rate "
-              f"{args.lr:g}, {args.steps} steps on {describe_machine(device)}")
+        print(f"adapt: {args.task} with {args.method}, rank {args.rank}, rate {args.lr:g}, "
+              f"{args.steps} steps on {describe_machine(device)}")
         # Steps 3 and 4, for each layer: its directions, its start, and the basis of its steps.
         maybe_compile(model, args.compile)
         if method.start:
             layers = add_lora(model, args.rank, args.scale)
         else:  # full weights; with SAdam the blocks' matrices alone, since they have a basis
             layers = block_linears(model.requires_grad_(method.steps is None))
-        spectral, generator = {}, torch.Generator().manual_seed(args.seed)
-        progress = Progress("solving layers", len(layers))
-        for number, (name, layer) in enumerate(layers.items(), 1):
+        spectral, progress = {}, Progress("solving layers", len(layers))
+        generator = torch.Generator().manual_seed(args.seed)
+        for number, name in enumerate(layers, 1):
             moments = calibration and calibration["layers"][name]
-            spectral |= start_layer(name, layer, method, moments, args, generator)
+            spectral |= start_layer(name, layers[name], method, moments, args, generator)
             progress(number)
         # Step 5: Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
-        options = {"lr": args.lr, "basis_dtype": getattr(torch, args.basis_dtype)}
-        if method.optimizer is PullBack:  # SAdam, whose steps are then partly taken back
-            options["strength"] = args.pull * args.rank / 32
-        optimizer = method.optimizer([p for p in model.parameters() if p.requires_grad], spectral,
-                                     **options)
-        # Train. SAdam has its own copies of the bases; these, in float64, and the moments are freed.
+        optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
+                          basis_dtype=getattr(torch, args.basis_dtype))
+        if method.pulls_back:
+            pull_back(optimizer, args.pull * args.rank / 32)
         added = added_loss(method, model, layers, calibration, args)
-        spectral.clear(), (calibration or {}).clear()
+        spectral.clear(), (calibration or {}).clear()  # to free memory: both are done with
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
                       penalty=added, parts=args.accumulate)
         return {"changed": adapter_state_dict(model), "losses": losses}

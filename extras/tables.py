@@ -1,7 +1,6 @@
 """Tables for the screen and for markdown."""
 import torch
 
-from extras.baselines import PullBack
 from extras.machine import pick_device
 from folora import solve_layer, spectral_gate
 
@@ -42,7 +41,7 @@ def method_table(methods):
     for name, method in methods.items():
         trained = "full weights" if not method.start else "A, B" if method.train_A else "B"
         extra = [f"{words(method.penalty)} penalty" if method.penalty else "",
-                 words(method.rehearsal), "pull back" if method.optimizer is PullBack else "",
+                 words(method.rehearsal), "pull back" if method.pulls_back else "",
                  "protected directions" if method.protected else ""]
         rows.append([name, trained, words(method.start) or "W0", words(method.steps) or "adam",
                      ", ".join(filter(None, extra)) or "-", method.source])

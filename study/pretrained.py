@@ -121,7 +121,7 @@ def few_shot_items(encoding, name, texts):
 
 
 def known(model, items, path, identity):
-    """The first KNOWN of the items that the model answers right, as `path` says once it is there."""
+    """The first KNOWN of the items that the model answers right, as `path` says if it is there."""
     def ask():
         given = evaluation.answers(model, items)
         return {"right": [i for i, item in enumerate(items) if item.check(given[i])],
