@@ -33,7 +33,6 @@ STEPS, BATCH, SHARE = 60, 8, 0.8  # SHARE: of LoRA's best progress on a task, wh
 CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
 ITEMS, TEXT_ROWS = 60, 16  # evaluated
 POOL, MADE_POOL, SHOTS = 1728, 200, 3  # questions asked, of a file or made, each after examples
-KNOWN = 240                            # of them that were answered right and are asked again
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
 SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4, ("lora", 8): 6,
@@ -121,12 +120,12 @@ def few_shot_items(encoding, name, texts):
 
 
 def known(model, items, path, identity):
-    """The first KNOWN of the items that the model answers right, as `path` says if it is there."""
+    """Up to 2 ITEMS of the items that the model answers right, as `path` says if it is there."""
     def ask():
         given = evaluation.answers(model, items)
         return {"right": [i for i, item in enumerate(items) if item.check(given[i])],
                 "asked": len(items)}
-    return [items[i] for i in cached_json(path, identity, ask)["right"][:KNOWN]]
+    return [items[i] for i in cached_json(path, identity, ask)["right"][:2 * ITEMS]]
 
 
 def kept(model, paths, texts, out, identity):
@@ -138,7 +137,7 @@ def kept(model, paths, texts, out, identity):
         asked = few_shot_items(encoding, name, texts)
         items[name] = known(model, asked, out / f"known-{name}.json", identity)
         if name not in MADE:
-            items[f"any {name}"] = [replace(item, check=None) for item in asked[:2 * ITEMS]]
+            items[f"any {name}"] = [replace(item, check=None) for item in asked[:ITEMS]]
     humaneval = [tasks.Item(row["prompt"], row["canonical_solution"].rstrip(), None)
                  for row in rows_of(texts, "humaneval")]
     items["humaneval"] = drop_long_items(humaneval, encoding, CONTEXT, True)[0][:ITEMS]

@@ -42,7 +42,7 @@ def test_known_are_the_first_that_are_answered_right(tmp_path, monkeypatch):
     """Of six questions, each after one example, the odd ones are answered right; two are kept. What
     was asked once is not asked again."""
     rows = [{"question": f"{i}?", "answer": f"{i}"} for i in range(20)]
-    for name, value in dict(POOL=6, SHOTS=1, KNOWN=2, rows_of=lambda *_: rows).items():
+    for name, value in dict(POOL=6, SHOTS=1, ITEMS=1, rows_of=lambda *_: rows).items():
         monkeypatch.setattr(pretrained, name, value)
     items = pretrained.few_shot_items(byte_encoding(), "x", tmp_path)
     assert len(items) == 6 and len({item.prompt.split("\n\n")[0] for item in items}) == 1
