@@ -38,18 +38,32 @@ def values(study, task, arm):
     return found
 
 
-def table(study, task, group, found):
-    """Markdown of {arm: values}; differences are to the first arm, a paired t-test over
-    foundations."""
-    reference, rows = next(iter(found)), []
+def gap(kept, reference):
+    """"+1.5 (p 0.336)": the mean of kept - reference over foundations, by a paired t-test."""
+    mean, p = stats.paired(kept, reference)
+    return ("" if mean is None else f"{mean:+.1f}" if p is None else
+            f"{mean:+.1f} (p {f'{p:.3f}' if p >= 0.0005 else '< 0.001'})")
+
+
+def table(title, found, against=None):
+    """Markdown of {arm: values}, its last column the differences to one arm; default: the first."""
+    against, rows = against if against in found else next(iter(found)), []
     for arm, measures in found.items():
-        gap, p = stats.paired(measures["kept"], found[reference]["kept"])
-        rows.append([arm, " / ".join("-" if v is None else f"{v:.0f}" for v in measures["kept"]),
+        kept = measures["kept"]
+        rows.append([arm, " / ".join("-" if v is None else f"{v:.0f}" for v in kept),
                      *map(stats.interval, measures.values()),
-                     "" if arm == reference or gap is None else
-                     f"{gap:+.1f}" + ("" if p is None else f" (p {p:.3f})")])
-    return (f"{task}, {group}, at {TARGET[task]} % right on the task\n\n" + markdown(
-        ["", "kept, per foundation", *MEASURES, f"against {reference}"], rows))
+                     "" if arm == against else gap(kept, found[against]["kept"])])
+    return f"{title}\n\n" + markdown(["", "kept, per foundation", *found[against],
+                                      f"against {against}"], rows)
+
+
+def over_tasks(stored):
+    """{arm: {"kept": mean over the tasks, per foundation}} of the arms that reach all targets."""
+    tasks = [task["arms"] for task in stored.values()]
+    columns = {arm: list(zip(*(arms[arm]["kept"] for arms in tasks)))
+               for arm in tasks[0] if all(arm in arms for arms in tasks)}
+    return {arm: {"kept": [stats.mean(column) for column in kept]}
+            for arm, kept in columns.items() if not any(None in column for column in kept)}
 
 
 def correlations(study, task):
@@ -63,7 +77,7 @@ def correlations(study, task):
             for key, measure in found.items()}, len(runs)
 
 
-def of_task(study, task):
+def of_task(study, task, against=None):
     """(markdown of its tables, their values for JSON)."""
     found = {arm: values(study, task, arm) for arm in study.arms}
     found = {arm: measures for arm, measures in found.items() if measures}
@@ -71,7 +85,8 @@ def of_task(study, task):
     for group, arms in GROUPS.items():
         rows = {arm.name: found[arm.name] for arm in arms if arm.name in found}
         if rows.keys() - (main if group != "methods" else ()):
-            texts.append(table(study, task, group, rows))
+            title = f"{task}, {group}, at {TARGET[task]} % right on the task"
+            texts.append(table(title, rows, against))
     related, runs = correlations(study, task)
     texts.append(f"{task}, rank correlation with what is kept, {runs} runs\n\n" + markdown(
         ["measure of ΔW", "alone", "given the target score"],
@@ -85,8 +100,12 @@ def report(args):
     """Print the finished arms; write out/results.md, their values to out/results.json, and the
     pictures to the folder args.assets, if given."""
     study, out = Study(args), pathlib.Path(args.out)
-    texts, found = zip(*(of_task(study, task) for task in study.tasks))
-    text, stored = "\n\n".join(texts), dict(zip(study.tasks, found))
+    texts, found = zip(*(of_task(study, task, args.against) for task in study.tasks))
+    stored = dict(zip(study.tasks, found))
+    if means := len(study.tasks) > 1 and over_tasks(stored):
+        title = f"mean over {', '.join(study.tasks)}, of the arms that reach all targets"
+        texts = [*texts, table(title, means, args.against)]
+    text = "\n\n".join(texts)
     atomic_write(out / "results.md", lambda f: f.write(f"{text}\n".encode()))
     write_json(out / "results.json", {"foundations": study.foundations, "seeds": study.seeds,
                                       "tasks": stored})

@@ -99,3 +99,17 @@ def test_correlations_over_all_runs():
     found, runs = report.correlations(imagined(), "code")
     assert runs == 12 and found["kl"][0] == pytest.approx(-1) and found["size"] == (None, None)
     assert found["drift"][1] == pytest.approx(-1)
+
+
+def test_means_over_tasks_and_another_reference_by_hand():
+    """b misses a target, c is not in every task; a's means are 85, 70 and 60, d's ten less but once."""
+    stored = {"x": {"arms": {"a": {"kept": [90, 80, 70]}, "b": {"kept": [None, 1, 2]},
+                             "c": {"kept": [1, 2, 3]}, "d": {"kept": [80, 70, 60]}}},
+              "y": {"arms": {"a": {"kept": [80, 60, 50]}, "b": {"kept": [1, 2, 3]},
+                             "d": {"kept": [70, 50, 36]}}}}
+    means = report.over_tasks(stored)
+    assert means == {"a": {"kept": [85, 70, 60]}, "d": {"kept": [75, 60, 48]}}
+    lines = report.table("means", means, "d").splitlines()
+    assert lines[2].endswith(" against d |") and not lines[5].split("|")[-2].strip()
+    assert "+10.7 (p 0.004)" in lines[4]  # 10, 10, 12: t = 16, df 2
+    assert report.table("means", means, "b") == report.table("means", means)
