@@ -157,9 +157,11 @@ def measure(model, items, texts):
     found = {"answers": [encoding.decode(reply) for reply in
                          generate(model, prompts, 48, [encoding.eot_token])]}
     for name, chosen in items.items():
-        score = evaluation.score_items(model, chosen)
-        found |= ({f"{name} %": score["score"]} if chosen[0].check else {})
-        found[f"{name} nats"] = score["nats"]
+        if chosen[0].check:
+            right = [i.check(a) for i, a in zip(chosen, evaluation.answers(model, chosen))]
+            found[f"{name} %"] = 100 * sum(right) / len(right)
+        else:
+            found[f"{name} nats"] = evaluation.likelihood(model, chosen)["nats"]
     for name, text in texts.items():
         found[f"{name} b/B"] = evaluation.bits_per_byte(model, text, "test", TEXT_ROWS)["score"]
     return found
