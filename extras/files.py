@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import pathlib
+import signal
+import threading
 import zipfile
 
 import torch
@@ -61,6 +63,23 @@ def file_lock(path, wait=True):
     yield True
 
 
+@contextlib.contextmanager
+def before_ctrl_c():
+    """Ctrl-C waits for the end of this block, as it would make torch.save abort the process."""
+    handler, pressed = signal.getsignal(signal.SIGINT), []
+    if (handler is not signal.default_int_handler
+            or threading.current_thread() is not threading.main_thread()):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: pressed.append(True))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    if pressed:
+        raise KeyboardInterrupt
+
+
 def atomic_write(path, write):
     """Create `path` by write(file), whole or not at all: under a temporary name, then renamed.
 
@@ -69,7 +88,7 @@ def atomic_write(path, write):
     if rank_and_world()[0]:
         return
     temporary = path.with_name(f"{path.name}.tmp")
-    with file_lock(temporary):  # a leftover of a killed process is overwritten
+    with file_lock(temporary), before_ctrl_c():  # a killed process's leftover is overwritten
         try:
             with open(temporary, "wb") as f:
                 write(f)
@@ -78,8 +97,6 @@ def atomic_write(path, write):
             os.replace(temporary, path)
         except (OSError, RuntimeError) as error:  # torch.save hides a full disk in a RuntimeError
             reason = error if isinstance(error, OSError) else error.__context__ or error
-            if isinstance(reason, KeyboardInterrupt):  # hidden likewise
-                raise reason from None
             raise OSError(f"{path} cannot be written: {reason}") from None
         finally:
             temporary.unlink(missing_ok=True)

@@ -6,7 +6,7 @@ from study.arms import ARMS, TARGET
 from study.runs import Curve
 
 LOOKS = {"lora r32": ("#000000", "X"), "folora r32": ("#0072B2", "s"),
-         "folora-pull-back r32": ("#009E73", "o"), "lora-kl r32": ("#D55E00", "P"),
+         "folora-pull-back r32": ("#009E73", "o"), "distill r32": ("#D55E00", "P"),
          "sadam-full": ("#CC79A7", "*")}
 RANKS = {("lora", ""): "lora r32", ("folora", ""): "folora r32",  # (method, options): its look
          ("folora-pull-back", "--pull 10"): "folora-pull-back r32"}
