@@ -135,8 +135,8 @@ def load(path, kind, made_by):
     if not path.exists():
         raise ValueError(f"{path} is missing; make it with: {made_by}")
     with friendly_errors(path, f"delete it and make it again with: {made_by}"):
-        with zipfile.ZipFile(path) as file:
-            if file.testzip():
+        with zipfile.ZipFile(path) as file:  # no checksum covers the flag that an entry is a folder
+            if file.testzip() or any(entry.external_attr for entry in file.infolist()):
                 raise ValueError("a checksum does not fit: it is damaged")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.get("kind") != kind:

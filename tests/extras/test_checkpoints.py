@@ -74,3 +74,15 @@ def test_ctrl_c_waits_for_a_save(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
+
+
+def test_an_entry_that_is_flagged_as_a_folder_is_refused(tmp_path):
+    """torch.load would leave it unread. One flipped bit does that, and no checksum covers it."""
+    save(tmp_path / "x.pt", {"kind": "adapter", "t": torch.ones(3)})
+    content = (tmp_path / "x.pt").read_bytes()
+    entry = content.rindex(b"PK\x01\x02", 0, content.rindex(b"/data/0"))  # in the zip's directory
+    changed = bytearray(content)
+    changed[entry + 38] |= 0x10  # its external attributes
+    (tmp_path / "x.pt").write_bytes(changed)
+    with pytest.raises(ValueError, match="a checksum does not fit"):
+        load(tmp_path / "x.pt", "adapter", "")
