@@ -246,5 +246,5 @@ class SAdam(torch.optim.Optimizer):
 
     def gated(self, step, gate, state, lr):
         """Adam's step in the basis, times the gate. (Adam would normalise a gated *gradient* away.)
-        Parameters without a basis have no gate."""
+        Parameters without a basis have no gate. (state and lr are for subclasses.)"""
         return step if gate is None else step * gate

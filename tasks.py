@@ -172,7 +172,8 @@ class PretrainingMixture:
     @functools.cached_property
     def chunks(self):
         """Tokens of prose and source; computed on first use, since an up-to-date run draws none."""
-        return {kind: Chunks(library_text(kind)[0], self.encode) for kind in LIBRARY}
+        return {kind: Chunks(library_text(kind)[0].splitlines(keepends=True), self.encode)
+                for kind in LIBRARY}
 
     def row(self, rng, length):
         """`length` tokens; the first is <|endoftext|>."""
@@ -201,13 +202,10 @@ class PretrainingMixture:
 
 
 class Chunks:
-    """Token chunks of one long text; each starts at the start of a line, or after a multiple of
-    1,000 characters of a longer one."""
+    """Token chunks of one long text, given as its lines; each starts at the start of a line."""
 
-    def __init__(self, text, encode):
-        lines = [np.array(encode(line[i:i + 1000]), np.int32)
-                 for line in text.splitlines(keepends=True) or [""]
-                 for i in range(0, len(line) or 1, 1000)]
+    def __init__(self, lines, encode):
+        lines = [np.array(encode(line), np.int32) for line in lines or [""]]
         self.tokens = np.concatenate(lines)
         self.starts = np.cumsum([0] + [len(line) for line in lines[:-1]])
 
@@ -368,7 +366,8 @@ def kept_items(kind, split, count=200):
 @functools.cache
 def held_out_rows(text, split, encoding, length, most=256):
     """Disjoint rows of a held-out text, for bits per byte; alternately for "valid" and "test"."""
-    chunks, rows, end = Chunks(text, encoding.encode_ordinary), [], 0
+    chunks = Chunks(text.splitlines(keepends=True), encoding.encode_ordinary)
+    rows, end = [], 0
     for start in chunks.starts[chunks.starts <= len(chunks.tokens) - length]:
         if start >= end:
             end = start + length - 1

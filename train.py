@@ -21,11 +21,11 @@ from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
                           load_resume_state, save_resume_state, task_folder)
-from extras.published import read_published
 from extras.machine import (Progress, all_reduce_sum, autocast, pick_device, precision,
                             rank_and_world, set_precision, shard, tf32)
 from extras.machine import describe as describe_machine
 from extras.muon import pretraining_optimizers
+from extras.published import read_published
 from extras.user_data import TextFiles, drop_long_items, load_items
 from folora import SAdam, solve_layer
 from model import GPT, GPTConfig, add_lora, block_linears

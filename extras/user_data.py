@@ -148,7 +148,10 @@ class TextFiles:
 
     @functools.cached_property
     def chunks(self):
-        return Chunks(self.text, lambda line: self.encoding.encode(line, allowed_special={EOT}))
+        """They start at a line, <|endoftext|>, or a multiple of 1,000 characters of a long line."""
+        lines = [line[i:i + 1000] for part in re.split(f"({re.escape(EOT)})", self.text)
+                 for line in part.splitlines(keepends=True) for i in range(0, len(line), 1000)]
+        return Chunks(lines, lambda line: self.encoding.encode(line, allowed_special={EOT}))
 
     def row(self, rng, length):
         """`length` tokens; the first is <|endoftext|>."""

@@ -49,7 +49,7 @@ def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS, report
     p.add_argument("--seeds", type=nonneg_int, nargs="+", default=[1], help="of fine-tuning")
     p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; math, one foundation")
     p.add_argument("--workers", type=positive_int, help="processes; default: one per core")
-    p.add_argument("--against", metavar="ARM",
+    p.add_argument("--against", choices=ARMS, metavar="ARM",
                    help="what the tables' last column is to; default: their first arm")
     p.add_argument("--assets", metavar="FOLDER", help="also draw the pictures, there")
     for stage in "pretrain", "calibrate", "adapt":

@@ -59,11 +59,6 @@ def null_space(steps=None):
     return Method(null_space_start, steps, needs_moments=True)
 
 
-def with_start(name, start):
-    """A method of the table with another start."""
-    return replace(baselines.METHODS[name], start=start)
-
-
 FINISHES = {"wise-ft-0.5": interpolated(0.5), "sadam-full-cut32": compressed(32)}
 METHODS = {
     **baselines.METHODS,
@@ -73,11 +68,12 @@ METHODS = {
     "null-penalty-only": null_space(penalty_only),
     "null-utility-only": null_space(utility_only),
     "kaiming-sadam": Method(steps=sadam, needs_moments=True),
-    # C in a unit that makes A0 a tenth and B0 ten times as large
-    "corda-100": with_start("corda", lambda W0, C_pre, **options: baselines.corda_start(
-        W0, 100 * C_pre, **options)),
-    "sc-lora-0.8": with_start("sc-lora", lambda W0, **options: baselines.sc_lora_start(
-        W0, beta=0.8, **options)),
+    "corda-100": replace(  # C in a unit that makes A0 a tenth and B0 ten times as large
+        baselines.METHODS["corda"], start=lambda W0, C_pre, **options: baselines.corda_start(
+            W0, 100 * C_pre, **options)),
+    "sc-lora-0.8": replace(
+        baselines.METHODS["sc-lora"], start=lambda W0, **options: baselines.sc_lora_start(
+            W0, beta=0.8, **options)),
     "oplora-3": replace(baselines.METHODS["oplora"],  # of 96 directions, as 128 of 4,096
                         protected=lambda W0: baselines.oplora_protected(W0, 3)),
     "wise-ft-0.5": baselines.METHODS["lora"],

@@ -149,6 +149,12 @@ def test_documents_of_a_text_file_are_told_apart(tmp_path_factory, documents):
         assert (tokens == encoding.eot_token).sum() == len(documents) - 1
 
 
+def test_a_long_line_is_not_cut_within_endoftext(tmp_path):
+    (tmp_path / "x.txt").write_text("a" * 995 + tasks.EOT + "b" * 20)
+    tokens = TextFiles([tmp_path / "x.txt"], ENCODING).chunks.tokens.tolist()
+    assert tokens == [97] * 995 + [ENCODING.eot_token] + [98] * 20
+
+
 def test_a_row_of_text_starts_with_a_line_and_a_text_that_is_too_short_is_refused(tmp_path):
     (tmp_path / "x.txt").write_text("ab\ncde\n\nf\n" * 20)
     text = TextFiles([tmp_path / "x.txt"], ENCODING)
