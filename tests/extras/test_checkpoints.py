@@ -57,7 +57,15 @@ def test_a_full_disk_is_not_hidden_by_torch(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ctrl_c_waits_for_a_save(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """SIGINT raises KeyboardInterrupt, also if the tests were started with it ignored."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
+def test_ctrl_c_waits_for_a_save(tmp_path, ctrl_c):
     """Pressed in the middle of torch.save, it comes when the file is whole; afterwards it comes at
     once again."""
     class Pressing:
