@@ -16,7 +16,7 @@ import torch
 from torch.nn import functional as F
 
 import tasks
-from extras.baselines import METHODS, added_loss, default_rate, protect, pull_back
+from extras.baselines import METHODS, added_loss, default_rate, protect
 from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
@@ -27,7 +27,7 @@ from extras.machine import describe as describe_machine
 from extras.muon import pretraining_optimizers
 from extras.published import read_published
 from extras.user_data import TextFiles, drop_long_items, load_items
-from folora import SAdam, solve_layer
+from folora import solve_layer
 from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
@@ -218,11 +218,11 @@ def adapt(args, methods=METHODS, loop=training_loop):
             moments = calibration and calibration["layers"][name]
             spectral |= start_layer(name, layers[name], method, moments, args, generator)
             progress(number)
-        # Step 5: Adam in each layer's basis, gated; AdamW for B and whatever has no basis.
-        optimizer = SAdam([p for p in model.parameters() if p.requires_grad], spectral, lr=args.lr,
-                          basis_dtype=getattr(torch, args.basis_dtype))
-        if method.pulls_back:
-            pull_back(optimizer, args.pull * args.rank / 32)
+        # Step 5: SAdam: Adam in each layer's basis, gated; AdamW for B and what else has no basis.
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = method.optimizer(trained, spectral, lr=args.lr,
+                                     basis_dtype=getattr(torch, args.basis_dtype))
+        optimizer.strength = args.pull * args.rank / 32  # read by PullBack alone
         added = added_loss(method, model, layers, calibration, args)
         spectral.clear(), (calibration or {}).clear()  # to free memory: both are done with
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),

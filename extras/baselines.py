@@ -208,7 +208,7 @@ def added_loss(method, model, layers, calibration, args):
 class PullBack(SAdam):
     """Ours: after each step SAdam takes back a share of what was learned so far: of ΔB the share
     η · strength, of ΔA in the basis that times 1 - gate. As Adam's steps are mostly of at most η, a
-    number of ΔB stays below 1 / strength."""
+    number of ΔB stays below 1 / strength, an attribute to be set before the first step."""
 
     def gated(self, step, gate, state, lr):
         learned = state.setdefault("learned", torch.zeros_like(step))  # ΔB, or ΔA in the basis
@@ -216,11 +216,6 @@ class PullBack(SAdam):
         move = (learned + super().gated(step, gate, state, lr)) * (1 - share) - learned
         learned += move
         return move
-
-
-def pull_back(optimizer, strength):
-    """Make a SAdam that has taken no step a PullBack."""
-    optimizer.__class__, optimizer.strength = PullBack, strength
 
 
 # ------------------------------------------------------------------------------------------------
@@ -232,7 +227,7 @@ class Method:
     steps: Callable | None = None              # (m, lam, s_min) -> (basis, gate); None: Adam's
     penalty: Callable | None = None            # (S_pre, C_pre) -> (S, C) of the KL penalty
     rehearsal: Callable | None = None          # replay_loss or distill_loss
-    pulls_back: bool = False                   # see PullBack
+    optimizer: type = SAdam                    # or PullBack
     train_A: bool = True
     protected: Callable | None = None          # W0 -> (U_k, V_k), directions ΔW may not use
     needs_moments: bool = False                # start or steps use the layer's `solve_layer`
@@ -269,7 +264,7 @@ METHODS = {
     "sadam-full": Method(None, sadam, needs_moments=True, lr=5e-4, source="the paper, App. D"),
     "sadam-full-truncated": Method(None, truncated, needs_moments=True, lr=5e-4,
                                    source="both of App. D"),
-    "folora-pull-back": Method(null_space_start, sadam, pulls_back=True, needs_moments=True,
+    "folora-pull-back": Method(null_space_start, sadam, optimizer=PullBack, needs_moments=True,
                                lr=2.3e-2),
     "folora-leading": Method(leading_start, sadam, needs_moments=True, lr=8e-3),
     "folora-replay": Method(null_space_start, sadam, rehearsal=replay_loss, needs_moments=True,

@@ -51,14 +51,17 @@ ABLATIONS = {
         FOLORA, *(Arm(method, 32, first) for method, first in (
             ("corda", 1), ("corda-100", 1), ("sc-lora", -1), ("sc-lora-0.8", -1), ("oplora", 2),
             ("oplora-3", 2), ("milora", 0), ("pissa", -1)))],
-    "twice the steps": [FOLORA, Arm("folora", 32, 0, "--steps 800"),
-                        Arm("folora", 8, 3, "--steps 800"), Arm("lora", 8, 3, "--steps 800"),
-                        Arm("sadam-full", 0, -4, "--steps 800")],
+    "the number of steps": [FOLORA] + [  # the more, the lower the rate
+        Arm(method, rank, first + later, f"--steps {steps}")
+        for steps, later in ((200, 2), (800, -2), (1600, -4)) for method, rank, first in
+        (("folora", 32, 1), ("lora", 32, 2), ("folora-pull-back", 32, 2), ("sadam-full", 0, -2),
+         ("distill", 32, 3))],
     "calibration": [FOLORA,
                     *(FOLORA._replace(options=f"--calibration calibration-{name}")
                       for name in ("true", "prose", "16"))],
     "an adapter that keeps as much": [
         FOLORA, *(arm._replace(options="") for arm in PULL_10), *PULL_10,
+        Arm("folora-pull-back-A", 32, 2), Arm("folora-pull-back-B", 32, 2),
         Arm("sadam-full-cut32", 0, -2)]}
 GROUPS = {"methods": METHODS, **ABLATIONS}
 ARMS = {arm.name: arm for group in GROUPS.values() for arm in group}

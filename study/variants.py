@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 
 from extras import baselines
-from extras.baselines import Method, sadam
+from extras.baselines import Method, PullBack, sadam
 from folora import damped, generalized_eigh, normalise, null_space_start, spectral_gate
 
 
@@ -54,6 +54,23 @@ def compressed(rank):
 
 
 # ------------------------------------------------------------------------------------------------
+# Optimizers
+
+class PullBackA(PullBack):
+    """B is not pulled back."""
+
+    def gated(self, step, gate, state, lr):
+        return step if gate is None else super().gated(step, gate, state, lr)
+
+
+class PullBackB(PullBack):
+    """A is not pulled back."""
+
+    def gated(self, step, gate, state, lr):
+        return super().gated(step, gate, state, lr) if gate is None else step * gate
+
+
+# ------------------------------------------------------------------------------------------------
 
 def null_space(steps=None):
     return Method(null_space_start, steps, needs_moments=True)
@@ -68,6 +85,8 @@ METHODS = {
     "null-penalty-only": null_space(penalty_only),
     "null-utility-only": null_space(utility_only),
     "kaiming-sadam": Method(steps=sadam, needs_moments=True),
+    **{f"folora-pull-back-{part}": replace(baselines.METHODS["folora-pull-back"], optimizer=cls)
+       for part, cls in (("A", PullBackA), ("B", PullBackB))},
     "corda-100": replace(  # C in a unit that makes A0 a tenth and B0 ten times as large
         baselines.METHODS["corda"], start=lambda W0, C_pre, **options: baselines.corda_start(
             W0, 100 * C_pre, **options)),

@@ -19,7 +19,7 @@ from calibrate import second_moments
 from extras.baselines import (METHODS, corda_start, default_rate, diagonal, distill_loss,
                               fisher, isotropic, kaiming_start, kl_penalty, kl_term, leading_start,
                               lora_null_start, milora_start, oplora_protected, pissa_start,
-                              protect, pull_back, rehearsal_term, replay_loss, sadam,
+                              PullBack, protect, rehearsal_term, replay_loss, sadam,
                               sc_lora_start, truncated)
 from folora import (SAdam, damped, forgetting_penalty, null_space_start, solve_layer,
                     spectral_gate)
@@ -421,8 +421,8 @@ class OneLayer:
         self.V, self.gate = sadam(self.m, 1.0, 0.3)
         self.A, self.B = layer.lora_A, layer.lora_B
         self.start = self.A.detach().clone(), self.B.detach().clone()
-        self.optimizer = SAdam([self.A, self.B], {self.A: (self.V, self.gate)}, lr=lr)
-        pull_back(self.optimizer, strength)
+        self.optimizer = PullBack([self.A, self.B], {self.A: (self.V, self.gate)}, lr=lr)
+        self.optimizer.strength = strength
 
     def step(self, gradient_A, gradient_B):
         self.A.grad, self.B.grad = gradient_A.clone(), gradient_B.clone()
@@ -474,10 +474,9 @@ def test_what_is_pulled_back_stays_bounded(block):
 def test_without_strength_nothing_is_pulled_back():
     A, again = (torch.nn.Parameter(normal(0)(3, 4)) for _ in range(2))
     V, gate = invertible(4, 0), torch.rand(4).double()
-    for p in A, again:
-        optimizer = SAdam([p], {p: (V, gate)}, lr=0.1)
-        if p is A:
-            pull_back(optimizer, 0)
+    for p, kind in (A, PullBack), (again, SAdam):
+        optimizer = kind([p], {p: (V, gate)}, lr=0.1)
+        optimizer.strength = 0
         for seed in range(5):
             p.grad = normal(seed)(3, 4)
             optimizer.step()

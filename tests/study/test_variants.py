@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from extras import baselines
-from folora import forgetting_penalty
+from folora import SAdam, forgetting_penalty
 from matrices import close, normal, second_moment, seeds
 from study import variants
 from study.variants import METHODS
@@ -18,6 +18,25 @@ def test_an_even_gate_has_the_mean_of_foloras():
     moments = {"basis": torch.eye(3), "eigvals": torch.tensor([9.0, 1.0, 0.0])}
     _, gate = variants.even_gate(moments, 1.0, 0.3)
     assert torch.allclose(gate, torch.full((3,), (0.9 + 0.5 + 0.3) / 3))
+
+
+def test_pulling_back_one_factor_leaves_the_other_to_sadam():
+    """With a basis (A) or without (B): its parameter moves as PullBack's or as SAdam's."""
+    def trained(kind, spectral):
+        p = torch.nn.Parameter(normal(0)(3, 4))
+        optimizer = kind([p], {p: spectral} if spectral else None, lr=0.1)
+        optimizer.strength = 2
+        for seed in range(3):
+            p.grad = normal(seed)(3, 4)
+            optimizer.step()
+        return p.detach()
+
+    for spectral in (torch.eye(4).double(), torch.full((4,), 0.4)), None:
+        both, neither = trained(baselines.PullBack, spectral), trained(SAdam, spectral)
+        A, B = trained(variants.PullBackA, spectral), trained(variants.PullBackB, spectral)
+        assert not torch.allclose(both, neither)
+        assert torch.equal(A, both if spectral else neither)
+        assert torch.equal(B, neither if spectral else both)
 
 
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(1, 6), seeds)
