@@ -31,12 +31,12 @@ PULL_10 = [Arm("folora-pull-back", rank, first, "--pull 10")
 METHODS = [
     FOLORA, Arm("lora", 8, 5), Arm("folora", 8, 5), Arm("lora", 32, 3),
     Arm("sadam-full", 0, -2), Arm("lora-kl", 32, 3), Arm("folora-pull-back", 32, 3),
-    *PULL_10, Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("lora-kl", 8, 6),
-    Arm("replay", 8, 5), Arm("distill", 32, 3), Arm("replay", 32, 3, "--rehearsal 4"),
-    Arm("wise-ft-0.5", 8, 6), Arm("folora", 64, 0), Arm("lora", 64, 1), Arm("lora-null", 32, 2),
-    Arm("folora-leading", 32, 2), Arm("corda", 32, 1), Arm("ewc", 8, 6),
-    Arm("ewc", 8, 6, "--mu 20"), Arm("l2-sp", 8, 6), Arm("l2-sp", 8, 6, "--mu 20"),
-    Arm("replay", 8, 5, "--rehearsal 4"), Arm("distill", 8, 5)]
+    *PULL_10, Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("distill", 32, 3),
+    Arm("lora-null", 32, 2), Arm("corda", 32, 1), Arm("folora-leading", 32, 2),
+    Arm("folora", 64, 0), Arm("lora", 64, 1), Arm("replay", 32, 3, "--rehearsal 4"),
+    Arm("ewc", 32, 3), Arm("ewc", 32, 3, "--mu 20"), Arm("l2-sp", 32, 3, "--mu 20"),
+    Arm("wise-ft-0.5", 32, 4), Arm("distill", 8, 6), Arm("distill", 64, 1), Arm("lora-kl", 8, 6),
+    Arm("replay", 8, 6)]
 QUICK = ("lora r8", "folora r8", "folora r32", "replay r8")
 ABLATIONS = {
     "coordinates and gate": [
