@@ -87,6 +87,8 @@ METHODS = {
     "kaiming-sadam": Method(steps=sadam, needs_moments=True),
     **{f"folora-pull-back-{part}": replace(baselines.METHODS["folora-pull-back"], optimizer=cls)
        for part, cls in (("A", PullBackA), ("B", PullBackB))},
+    "folora-pull-back-distill": replace(baselines.METHODS["folora-pull-back"],
+                                        rehearsal=baselines.distill_loss),
     "corda-100": replace(  # C in a unit that makes A0 a tenth and B0 ten times as large
         baselines.METHODS["corda"], start=lambda W0, C_pre, **options: baselines.corda_start(
             W0, 100 * C_pre, **options)),
