@@ -2,17 +2,27 @@
 
     python -m study drift out/code/*/adapter.pt
 
-ΔW = κ(B0 ΔA + ΔB A0 + ΔB ΔA). SAdam's gate and the start price the first part alone.
+ΔW = κ(B0 ΔA + ΔB A0 + ΔB ΔA). SAdam's gate and the start price the first part alone. Beside it
+stands the estimated KL divergence from the base model.
 """
 import pathlib
 
 import torch
 
+from extras.baselines import kl_penalty
 from extras.cli import add_common
 from extras.files import load, load_adapter
 from extras.tables import markdown
 from folora import forgetting_penalty
 from model import LoRALinear, block_linears
+
+
+@torch.no_grad()
+def estimated_kl(model, proxy):
+    """Σ ½Tr(S ΔW C ΔWᵀ): nats per token of the base model's own text."""
+    return sum(kl_penalty(*layer.delta_factors(), *(proxy[key][name].to(layer.weight)
+                                                    for key in ("S_pre", "C_pre"))).item()
+               for name, layer in block_linears(model, LoRALinear).items())
 
 
 @torch.no_grad()
@@ -31,8 +41,9 @@ def parts_of_drift(model, C_pre):
 
 
 def drift(args):
-    """Print a row for each adapter: drift in percent of ‖W0 X_pre‖_F, and the parts' ‖·‖² over that
-    of ΔW. They add up to 1 but for the products of different parts."""
+    """Print a row for each adapter: estimated KL in thousandths of a nat, drift in percent of
+    ‖W0 X_pre‖_F, and the parts' ‖·‖² over that of ΔW. They add up to 1 but for the products of
+    different parts."""
     out, rows = pathlib.Path(args.out), []
     proxy = load(out / "proxy.pt", "proxy", f"python calibrate.py --out {out}")
     for path in map(pathlib.Path, args.adapters):
@@ -41,9 +52,10 @@ def drift(args):
             raise ValueError(f"{path} holds full weights; only an adapter's ΔW has such parts")
         found = parts_of_drift(model, proxy["C_pre"])
         total, W0 = found.pop("ΔW"), found.pop("W0")
-        rows.append([path.parent.name, f"{100 * (total / W0) ** 0.5:.1f}",
+        percent = 100 * (total / W0) ** 0.5
+        rows.append([path.parent.name, f"{1000 * estimated_kl(model, proxy):.1f}", f"{percent:.1f}",
                      *(f"{part / total:.2f}" for part in found.values())])
-    print(markdown(["", "drift, %", *found], rows))
+    print(markdown(["", "KL, mnats", "drift, %", *found], rows))
 
 
 def add_command(commands):

@@ -7,6 +7,7 @@ from extras.files import load, load_adapter
 from micro import ADAPT, error_line, out  # noqa: F401 (a fixture)
 from model import LoRALinear, block_linears
 from study import __main__ as study, drift
+from study.runs import Foundation
 
 
 def test_the_parts_by_hand(out):
@@ -26,12 +27,16 @@ def test_the_parts_by_hand(out):
 
 
 def test_a_row_for_each_adapter(out, capsys):
-    adapters = [str(train.main(f"adapt --task code --method {method} {ADAPT} --out {out}".split()))
-                for method in ("lora", "folora")]
+    paths = [train.main(f"adapt --task code --method {method} {ADAPT} --out {out}".split())
+             for method in ("lora", "folora")]
     capsys.readouterr()
-    study.main(["drift", *adapters, "--out", str(out)])
+    study.main(["drift", *map(str, paths), "--out", str(out)])
     head, _, lora, folora = capsys.readouterr().out.strip().split("\n")
     assert "their product" in head and "| lora-lr" in lora and "| folora-lr" in folora
-    assert lora.count("|") == head.count("|") == 6
+    assert lora.count("|") == head.count("|") == 7
+    proxy = load(out / "proxy.pt", "proxy", "")
+    kl = drift.estimated_kl(load_adapter(paths[0], out, "cpu", merge=False), proxy)
+    merged = Foundation(out).measures(load_adapter(paths[0], out, "cpu"))
+    assert kl == pytest.approx(merged["kl"], rel=1e-3) and f" {1000 * kl:.1f} |" in lora
     full = train.main(f"adapt --task code --method full {ADAPT} --out {out}".split())
     assert "holds full weights" in error_line(capsys, study.main, f"drift {full} --out {out}")
