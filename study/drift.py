@@ -1,25 +1,47 @@
-"""Where an adapter's drift comes from.
+"""How far adapters are from the base model on its own text, and where their drift comes from.
 
     python -m study drift out/code/*/adapter.pt
 
-ΔW = κ(B0 ΔA + ΔB A0 + ΔB ΔA). SAdam's gate and the start price the first part alone. Beside it
-stands the estimated KL divergence from the base model.
+ΔW = κ(B0 ΔA + ΔB A0 + ΔB ΔA). SAdam's gate and the start price the first part alone.
 """
 import pathlib
 
 import torch
+from torch.nn import functional as F
 
+import tasks
 from extras.baselines import kl_penalty
 from extras.cli import add_common
-from extras.files import load, load_adapter
+from extras.files import load, load_adapter, load_foundation
 from extras.tables import markdown
 from folora import forgetting_penalty
-from model import LoRALinear, block_linears
+from model import LoRALinear, block_linears, generate
+
+TEXTS = 16  # that the base model writes anew, for its KL divergence
+
+
+def own_text(base, seed=0):
+    """TEXTS rows of tokens, <|endoftext|> and what the base model writes after it."""
+    eot, vocab = tasks.get_encoding(base.config.encoding).eot_token, base.config.vocab_size
+    decoding = torch.ones(TEXTS), torch.ones(TEXTS), torch.full((TEXTS,), vocab)  # plain sampling
+    texts = generate(base, [[eot]] * TEXTS, base.config.block_size, (), decoding,
+                     generator=torch.Generator().manual_seed(seed))
+    return torch.tensor([[eot] + text for text in texts])
+
+
+@torch.inference_mode()
+def kl_divergence(base, model, rows):
+    """KL(base ‖ model) in nats per token of rows (B, T)."""
+    total = 0
+    for x in rows[:, :-1].split(4):
+        found, target = (m(x).log_softmax(-1) for m in (model, base))
+        total += F.kl_div(found, target, log_target=True, reduction="sum").item()
+    return total / rows[:, 1:].numel()
 
 
 @torch.no_grad()
 def estimated_kl(model, proxy):
-    """Σ ½Tr(S ΔW C ΔWᵀ): nats per token of the base model's own text."""
+    """The same as the KL penalty sees it, Σ ½Tr(S ΔW C ΔWᵀ)."""
     return sum(kl_penalty(*layer.delta_factors(), *(proxy[key][name].to(layer.weight)
                                                     for key in ("S_pre", "C_pre"))).item()
                for name, layer in block_linears(model, LoRALinear).items())
@@ -41,25 +63,29 @@ def parts_of_drift(model, C_pre):
 
 
 def drift(args):
-    """Print a row for each adapter: estimated KL in thousandths of a nat, drift in percent of
-    ‖W0 X_pre‖_F, and the parts' ‖·‖² over that of ΔW. They add up to 1 but for the products of
+    """Print a row for each adapter: KL divergence from the base model on text that it writes anew,
+    and as the KL penalty estimates it, in thousandths of a nat per token; drift in percent of
+    ‖W0 X_pre‖_F; and the parts' ‖·‖² over that of ΔW, which add up to 1 but for the products of
     different parts."""
     out, rows = pathlib.Path(args.out), []
     proxy = load(out / "proxy.pt", "proxy", f"python calibrate.py --out {out}")
+    base, _ = load_foundation(out, "cpu")
+    text = own_text(base)
     for path in map(pathlib.Path, args.adapters):
         model = load_adapter(path, out, "cpu", merge=False)
         if not block_linears(model, LoRALinear):
             raise ValueError(f"{path} holds full weights; only an adapter's ΔW has such parts")
         found = parts_of_drift(model, proxy["C_pre"])
         total, W0 = found.pop("ΔW"), found.pop("W0")
-        percent = 100 * (total / W0) ** 0.5
-        rows.append([path.parent.name, f"{1000 * estimated_kl(model, proxy):.1f}", f"{percent:.1f}",
+        kls = kl_divergence(base, model, text), estimated_kl(model, proxy)
+        rows.append([path.parent.name, *(f"{1000 * kl:.1f}" for kl in kls),
+                     f"{100 * (total / W0) ** 0.5:.1f}",
                      *(f"{part / total:.2f}" for part in found.values())])
-    print(markdown(["", "KL, mnats", "drift, %", *found], rows))
+    print(markdown(["", "KL, mnats", "estimated", "drift, %", *found], rows))
 
 
 def add_command(commands):
-    p = commands.add_parser("drift", help="where an adapter's drift comes from")
+    p = commands.add_parser("drift", help="how far adapters are from the base model, and why")
     p.set_defaults(run=drift)
     p.add_argument("adapters", nargs="+", metavar="adapter.pt")
     add_common(p)

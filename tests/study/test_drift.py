@@ -3,7 +3,7 @@ import pytest
 import torch
 
 import train
-from extras.files import load, load_adapter
+from extras.files import load, load_adapter, load_foundation
 from micro import ADAPT, error_line, out  # noqa: F401 (a fixture)
 from model import LoRALinear, block_linears
 from study import __main__ as study, drift
@@ -33,10 +33,31 @@ def test_a_row_for_each_adapter(out, capsys):
     study.main(["drift", *map(str, paths), "--out", str(out)])
     head, _, lora, folora = capsys.readouterr().out.strip().split("\n")
     assert "their product" in head and "| lora-lr" in lora and "| folora-lr" in folora
-    assert lora.count("|") == head.count("|") == 7
+    assert lora.count("|") == head.count("|") == 8
     proxy = load(out / "proxy.pt", "proxy", "")
     kl = drift.estimated_kl(load_adapter(paths[0], out, "cpu", merge=False), proxy)
     merged = Foundation(out).measures(load_adapter(paths[0], out, "cpu"))
-    assert kl == pytest.approx(merged["kl"], rel=1e-3) and f" {1000 * kl:.1f} |" in lora
+    assert kl == pytest.approx(merged["kl"], rel=1e-3) and f"{1000 * kl:.1f} |" in lora
     full = train.main(f"adapt --task code --method full {ADAPT} --out {out}".split())
     assert "holds full weights" in error_line(capsys, study.main, f"drift {full} --out {out}")
+
+
+def test_the_divergence_by_hand():
+    """Of two models whose logits differ by a known amount: KL of two distributions over 4 tokens."""
+    p, q = torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.tensor([0.4, 0.3, 0.2, 0.1])
+    rows = torch.zeros(9, 6, dtype=torch.long)
+
+    def always(probabilities):
+        return lambda x: probabilities.log().expand(*x.shape, 4)
+
+    expected = (p * (p / q).log()).sum().item()
+    assert drift.kl_divergence(always(p), always(q), rows) == pytest.approx(expected)
+    assert drift.kl_divergence(always(p), always(p), rows) == 0
+
+
+def test_own_text_is_seeded_and_whole(out):
+    base, _ = load_foundation(out, "cpu")
+    text = drift.own_text(base)
+    assert text.shape == (drift.TEXTS, base.config.block_size + 1)
+    assert torch.equal(text, drift.own_text(base)) and not torch.equal(text, drift.own_text(base, 1))
+    assert text[:, 0].unique().tolist() == [256] and len(text[:, 1:].unique()) > 20
