@@ -7,10 +7,9 @@
 import pathlib
 
 import torch
-from torch.nn import functional as F
 
 import tasks
-from extras.baselines import kl_penalty
+from extras.baselines import distill_loss, kl_term
 from extras.cli import add_common
 from extras.files import load, load_adapter, load_foundation
 from extras.tables import markdown
@@ -32,19 +31,16 @@ def own_text(base, seed=0):
 @torch.inference_mode()
 def kl_divergence(base, model, rows):
     """KL(base ‖ model) in nats per token of rows (B, T)."""
-    total = 0
-    for x in rows[:, :-1].split(4):
-        found, target = (m(x).log_softmax(-1) for m in (model, base))
-        total += F.kl_div(found, target, log_target=True, reduction="sum").item()
-    return total / rows[:, 1:].numel()
+    return sum(distill_loss(model, base, chunk[:, :-1], chunk[:, 1:]).item() * len(chunk)
+               for chunk in rows.split(4)) / len(rows)
 
 
 @torch.no_grad()
 def estimated_kl(model, proxy):
     """The same as the KL penalty sees it, Σ ½Tr(S ΔW C ΔWᵀ)."""
-    return sum(kl_penalty(*layer.delta_factors(), *(proxy[key][name].to(layer.weight)
-                                                    for key in ("S_pre", "C_pre"))).item()
-               for name, layer in block_linears(model, LoRALinear).items())
+    layers = ((layer, *(proxy[key][name].to(layer.weight) for key in ("S_pre", "C_pre")))
+              for name, layer in block_linears(model, LoRALinear).items())
+    return kl_term(1, layers)(0).item()
 
 
 @torch.no_grad()

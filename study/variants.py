@@ -6,7 +6,7 @@ import torch
 
 from extras import baselines
 from extras.baselines import Method, PullBack, sadam
-from folora import damped, generalized_eigh, normalise, null_space_start, spectral_gate
+from folora import SAdam, damped, generalized_eigh, normalise, null_space_start, spectral_gate
 
 
 # ------------------------------------------------------------------------------------------------
@@ -60,14 +60,14 @@ class PullBackA(PullBack):
     """B is not pulled back."""
 
     def gated(self, step, gate, state, lr):
-        return step if gate is None else super().gated(step, gate, state, lr)
+        return (SAdam if gate is None else PullBack).gated(self, step, gate, state, lr)
 
 
 class PullBackB(PullBack):
     """A is not pulled back."""
 
     def gated(self, step, gate, state, lr):
-        return super().gated(step, gate, state, lr) if gate is None else step * gate
+        return (PullBack if gate is None else SAdam).gated(self, step, gate, state, lr)
 
 
 # ------------------------------------------------------------------------------------------------
