@@ -62,6 +62,7 @@ ABLATIONS = {
     "an adapter that keeps as much": [
         FOLORA, *(arm._replace(options="") for arm in PULL_10), *PULL_10,
         Arm("folora-pull-back-A", 32, 2), Arm("folora-pull-back-B", 32, 2),
+        Arm("lora-pull-back", 32, 3), Arm("null-adam-pull-back", 32, 3),
         Arm("folora-pull-back-distill", 32, 3),
         Arm("sadam-full-cut32", 0, -2)]}
 GROUPS = {"methods": METHODS, **ABLATIONS}

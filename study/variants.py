@@ -87,6 +87,9 @@ METHODS = {
     "kaiming-sadam": Method(steps=sadam, needs_moments=True),
     **{f"folora-pull-back-{part}": replace(baselines.METHODS["folora-pull-back"], optimizer=cls)
        for part, cls in (("A", PullBackA), ("B", PullBackB))},
+    # decoupled weight decay towards the start, without FoLoRA's basis and gate
+    "lora-pull-back": Method(optimizer=PullBack),
+    "null-adam-pull-back": replace(null_space(), optimizer=PullBack),
     "folora-pull-back-distill": replace(baselines.METHODS["folora-pull-back"],
                                         rehearsal=baselines.distill_loss),
     "corda-100": replace(  # C in a unit that makes A0 a tenth and B0 ten times as large
