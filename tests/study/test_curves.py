@@ -28,6 +28,12 @@ def test_a_first_rate_beyond_the_best_goes_down_by_hand():
     assert list(curve(reached, 3)) == [3, 4, 5, 2, 1, 0]
 
 
+def test_noise_at_the_floor_does_not_end_a_curve_by_hand():
+    """Of scores far below the target the best is chance: the rates that learn may be higher."""
+    floor = {0: 11, 1: 13, 2: 8, 3: 10, 4: 60, 5: 85}.get
+    assert list(curve(floor, 0)) == [0, 1, 2, 3, 4, 5]
+
+
 @given(st.integers(-5, 9), st.integers(-10, 15), st.floats(0.2, 3), st.floats(20, 100))
 def test_a_curve_ends_and_brackets_what_it_can(first, middle, width, top):
     """A neighbour below the target beside the first rate that reaches it, unless that lies too far."""
