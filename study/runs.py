@@ -54,15 +54,15 @@ def next_rate(found, first, target):
     """The rate index that {rate index: target score} lacks to bracket the target; None if nothing.
 
     It goes down from a target that is reached; else up, or down if less was learned at higher
-    rates, as long as the best is near an end. Below half of the target which rate is best may be
-    chance, so it goes up in any case.
+    rates, as long as the best is near an end. Below half of the target, which rate is best may be
+    chance: up to the last rate then, wherever the best is.
     """
     if not found:
         return first
     low, high = min(found), max(found)
     best = max(found, key=lambda k: (found[k], k))
-    still_low = best >= high - 1 or found[best] < target / 2
-    if found[best] < target and still_low and high < first + REACH:
+    may_rise = best >= high - 1 or found[best] < target / 2
+    if found[best] < target and may_rise and high < first + REACH:
         return high + 1
     if (found[low] >= target or found[best] < target and best == low) and low > first - REACH:
         return low - 1
