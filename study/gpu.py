@@ -68,12 +68,12 @@ def stop(process):
 # The steps: each takes a Runner and returns what is written to gpu.json
 
 def cuda_tests(run):
-    """{test: "PASSED"}; a rehearsal runs the same tests' CPU variants."""
+    """{test: "PASSED" or "SKIPPED"}; a rehearsal runs the same tests' CPU variants."""
     chosen = "not cuda" if run.rehearse else "cuda"
     output = run("-m", "pytest", "-m", chosen, "-v", "-rf", "--tb=short", "-p", "no:cacheprovider",
                  "tests/test_cuda.py", statuses=(0, 1))
     found = dict(re.findall(r"::(\S+) (PASSED|FAILED|SKIPPED|ERROR)", output))
-    if set(found.values()) != {"PASSED"}:
+    if not {"PASSED"} <= {*found.values()} <= {"PASSED", "SKIPPED"}:  # what an older torch lacks
         wrong = {name: status for name, status in found.items() if status != "PASSED"}
         raise ValueError(f"{wrong or 'no test'} of {len(found)}: {output[-6000:]}")
     return found

@@ -99,11 +99,11 @@ def cpu_curve(setup):
 
 
 @pytest.mark.parametrize("setup", [adapting, pretraining])
-@pytest.mark.parametrize("kind, bound", [("float32", 1e-4), ("tf32", 1e-2),
+@pytest.mark.parametrize("kind, bound", [("float32", 1e-3), ("tf32", 1e-2),
                                          ("bfloat16", 0.02)])
 def test_loss_curve(device, setup, kind, bound, monkeypatch):
     """20 steps, each loss within so many nats of the CPU's in float32: about ten times what
-    rounding like this costs on a CPU."""
+    rounding like this costs on a CPU (weights moved by one rounding, 6e-8: up to 1.7e-4)."""
     expected = cpu_curve(setup)
     if kind == "bfloat16":
         monkeypatch.setattr(machine, "chosen", kind)

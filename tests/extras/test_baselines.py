@@ -16,6 +16,7 @@ from hypothesis import given, settings, strategies as st
 import tasks
 import train
 from calibrate import second_moments
+from extras import machine
 from extras.baselines import (METHODS, corda_start, default_rate, diagonal, distill_loss,
                               fisher, isotropic, kaiming_start, kl_penalty, kl_term, leading_start,
                               lora_null_start, milora_start, oplora_protected, pissa_start,
@@ -356,7 +357,8 @@ def with_lora(randn=None):
 
 @pytest.fixture
 def bytes_of_31(monkeypatch):
-    """<|endoftext|> is the last of `micro()`'s 31 tokens."""
+    """<|endoftext|> is the last of `micro()`'s 31 tokens; and in float32 on any CPU."""
+    monkeypatch.setattr(machine, "chosen", "float32")
     monkeypatch.setattr(tasks, "get_encoding", lambda name: argparse.Namespace(eot_token=30))
 
 

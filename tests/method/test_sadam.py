@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
+from extras.baselines import PullBack
 from folora import SAdam, forgetting_penalty, generalized_eigh, spectral_gate
 from matrices import EPS, close, cond, eye, f64, invertible, normal, seeds, small, spd_pairs
 
@@ -275,3 +276,28 @@ def test_a_basis_for_a_stranger_and_a_negative_rate_are_refused():
     for lr in -1e-3, math.nan:
         with pytest.raises(ValueError, match="lr"):
             SAdam([A], lr=lr)
+
+
+@pytest.mark.parametrize("kind", [SAdam, PullBack])
+@given(small, small, seeds, options)
+def test_all_together_take_the_steps_that_each_takes(kind, r, d, seed, options):
+    """What a GPU runs, on the CPU: to the bit, with a basis, half of one, none, and no gradient."""
+    paths = []
+    for update in "update", "update_together":
+        randn = normal(seed)
+        params = [randn(r, d).requires_grad_() for _ in range(4)]
+        spectral = {A: (invertible(d, seed)[:, :k], torch.linspace(0.3, 1, k).double())
+                    for A, k in zip(params, (d, max(1, d // 2)))}
+        optimizer = kind(params, spectral, **options)
+        optimizer.strength = 2.0
+        for step in range(4):
+            for p in params[:3 if step % 2 else 4]:
+                p.grad = randn(r, d)
+            if update == "update":
+                optimizer.step()
+            else:
+                with torch.no_grad():
+                    optimizer.update_together([p for p in params if p.grad is not None], **options)
+            params[3].grad = None
+        paths.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*paths))
