@@ -22,10 +22,11 @@ TEXTS = 16  # that the base model writes anew, for its KL divergence
 def own_text(base, seed=0):
     """TEXTS rows of tokens, <|endoftext|> and what the base model writes after it."""
     eot, vocab = tasks.get_encoding(base.config.encoding).eot_token, base.config.vocab_size
-    decoding = torch.ones(TEXTS), torch.ones(TEXTS), torch.full((TEXTS,), vocab)  # plain sampling
-    texts = generate(base, [[eot]] * TEXTS, base.config.block_size, (), decoding,
-                     generator=torch.Generator().manual_seed(seed))
-    return torch.tensor([[eot] + text for text in texts])
+    device = base.lm_head.weight.device
+    ones = torch.ones(TEXTS, device=device)
+    texts = generate(base, [[eot]] * TEXTS, base.config.block_size, (), (ones, ones, vocab * ones),
+                     generator=torch.Generator(device).manual_seed(seed))  # plain sampling
+    return torch.tensor([[eot] + text for text in texts], device=device)
 
 
 @torch.inference_mode()

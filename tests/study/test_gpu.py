@@ -47,6 +47,7 @@ def test_every_step_is_rehearsed(tmp_path, monkeypatch, capfd):
     """And a second call finds nothing to do. Of the tests for a GPU the slowest are left out: the
     suite runs their CPU variants anyway."""
     monkeypatch.setenv("FOLORA_PRECISION", "float32")  # so that threads hardly matter to the losses
+    monkeypatch.setattr("torch._dynamo.config.disable", True)  # as TORCH_COMPILE_DISABLE=1 there
     monkeypatch.setattr(gpu.Runner, "__call__", run_inside)
     monkeypatch.setitem(speed.ROWS, "main-job", (main_job_inside, speed.ROWS["main-job"][1]))
     monkeypatch.setenv("PYTEST_ADDOPTS", "--deselect tests/test_cuda.py::test_loss_curve "
