@@ -6,6 +6,7 @@ It learns GSM8K with its working, MBPP, or instructions. Measured before and aft
 it answered right, text, and the tasks that it does not learn. Forgetting grows with the learning
 rate, so a method runs at three of them and is read off where its loss on unseen items of the task
 is that of the others. The most telling runs come first; each renews the tables OUT/pretrained.md.
+Several processes with the same command share the runs: on one GPU, as many as its memory holds.
 """
 import gzip
 import json
@@ -102,7 +103,8 @@ def write_tasks(texts, out, encoding):
         first, *last = ([row for row in rows_of(texts, file) if len(
             tasks.response_row(item_from_row(row), encoding)[0]) <= LONGEST] for file in files)
         rows = first[:EXAMPLES] + last[0][-2 * tasks.HELD_OUT:] if last else first
-        (out / f"{task}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+        atomic_write(out / f"{task}.jsonl", lambda f: f.write(text.encode()))
     return {task: out / f"{task}.jsonl" for task in TASKS}
 
 
@@ -168,7 +170,8 @@ def measure(model, items, texts):
 
 
 def do(run, path, out, score, identity):
-    """The scores of a run, which are on disk once it is done; full weights are not kept."""
+    """The scores of a run, which are on disk once it is done; full weights are not kept. None
+    while another process does it."""
     def make():
         common = ["--task", str(path), "--out", str(out)]
         if run.method != "lora":
@@ -182,7 +185,7 @@ def do(run, path, out, score, identity):
             adapter.unlink()
         return found
     name = f"{run.method}-r{run.rank}-x{run.factor}-seed{run.seed}.json"
-    return cached_json(out / run.task / name, identity | run._asdict(), make)
+    return cached_json(out / run.task / name, identity | run._asdict(), make, wait=False)
 
 
 def pretrained(args):
@@ -196,15 +199,16 @@ def pretrained(args):
     items, texts = kept(model, paths, args.texts, out, identity)
     before = cached_json(out / "before.json", identity, lambda: measure(model, items, texts))
     del model
-    for run in plan():
-        done[run] = do(run, paths[run.task], out, lambda m: measure(m, items, texts), identity)
+    for run in 2 * plan():  # the second time finds what other processes were doing
+        scores = do(run, paths[run.task], out, lambda m: measure(m, items, texts), identity)
+        done |= {run: scores} if scores else {}
         atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
 
 
 def report(before, done):
     """Two tables per task: at one loss on the task, and of every run."""
     texts = []
-    for task in dict.fromkeys(run.task for run in done):
+    for task in dict.fromkeys(run.task for run in done if run.method == "lora"):
         own, runs = f"{task} nats", sorted((run for run in done if run.task == task),
                                            key=lambda run: run.rate)
         best = min(done[run][own] for run in runs if run.method == "lora")

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from extras.files import file_lock
 from micro import CALIBRATE
 from study import __main__ as main, pretrained
 from study.pretrained import Run, plan, report
@@ -80,7 +81,8 @@ def texts(tmp_path):
 
 
 def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
-    """Two runs, then a third: the first two are read from disk. All questions count as known."""
+    """Two runs, the first of which another process does at first, then a third: the first two are
+    read from disk. All questions count as known."""
     write_folder(tmp_path, tiny(vocab=265, context=256, std=0.1))
     monkeypatch.setattr(pretrained, "known", lambda model, items, *_: items)
     for name, value in dict(STEPS=2, BATCH=2, TEXT_ROWS=2, ITEMS=2, SHOTS=1, POOL=4,
@@ -94,9 +96,12 @@ def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained.train, "main", lambda a: [trained.append(a[0]), train(a)][1])
     for number in 2, 3:
         monkeypatch.setattr(pretrained, "plan", lambda: plan()[:number])
-        main.main(["pretrained", "--texts", str(texts), "--foundation", str(tmp_path), "--out",
-                   str(out)])
-    assert trained == ["pretrain", "adapt", "adapt", "pretrain", "adapt"]
+        command = ["pretrained", "--texts", str(texts), "--foundation", str(tmp_path), "--out", str(out)]
+        with file_lock(out / "gsm8k" / "lora-r4-x2-seed0.json"):  # another process does this one
+            main.main(command)
+        assert ("lora" in (out / "pretrained.md").read_text()) == (number == 3)
+        main.main(command)
+    assert trained == ["pretrain", "adapt"] * 3 + ["pretrain"]
     assert "<<" not in (out / "gsm8k.jsonl").read_text()
     text = (out / "pretrained.md").read_text()
     assert "lora r4, seed 0" in text and "sadam-full, seed 0" in text and "trivia %" in text
