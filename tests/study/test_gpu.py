@@ -44,14 +44,13 @@ def main_job_inside(sizes):
 
 
 def test_every_step_is_rehearsed(tmp_path, monkeypatch, capfd):
-    """And a second call finds nothing to do. Of the tests for a GPU the slowest are left out: the
-    suite runs their CPU variants anyway."""
+    """And a second call finds nothing to do. Of the tests for a GPU two run: the suite runs all
+    CPU variants anyway."""
     monkeypatch.setenv("FOLORA_PRECISION", "float32")  # so that threads hardly matter to the losses
     monkeypatch.setattr("torch._dynamo.config.disable", True)  # as TORCH_COMPILE_DISABLE=1 there
     monkeypatch.setattr(gpu.Runner, "__call__", run_inside)
     monkeypatch.setitem(speed.ROWS, "main-job", (main_job_inside, speed.ROWS["main-job"][1]))
-    monkeypatch.setenv("PYTEST_ADDOPTS", "--deselect tests/test_cuda.py::test_loss_curve "
-                       "--deselect tests/test_cuda.py::test_resumed_from_a_saved_state")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-k 'float64 or waits_only'")
     call(tmp_path, "--rehearse")
     steps = written(tmp_path)
     assert list(steps) == list(gpu.STEPS) and all("result" in found for found in steps.values())
