@@ -134,7 +134,7 @@ STEPS = {  # name: (seconds it usually takes at most, function)
         "memory": 60}.items()},
     "comparison": (420, quick_comparison),
     "torchrun": (90, torchrun),
-    "compile": (180, compiled)}
+    "compile": (300, compiled)}
 
 
 def attempt(name, out, rehearse, left):
