@@ -245,11 +245,11 @@ class SAdam(torch.optim.Optimizer):
 
     def counted(self, p, g):
         """The state of a parameter, zeros at first, with this step counted."""
-        if not self.state[p]:
-            self.state[p].update(step=0, exp_avg=torch.zeros_like(g),
-                                 exp_avg_sq=torch.zeros_like(g))
-        self.state[p]["step"] += 1
-        return self.state[p]
+        state = self.state[p]
+        if not state:
+            state.update(step=0, exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
+        state["step"] += 1
+        return state
 
     def update_together(self, params, lr, betas, eps, weight_decay):
         """`update` for all parameters, on a GPU: telling it to do a small operation takes longer

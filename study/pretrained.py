@@ -200,9 +200,10 @@ def pretrained(args):
     before = cached_json(out / "before.json", identity, lambda: measure(model, items, texts))
     del model
     for run in 2 * plan():  # the second time finds what other processes were doing
-        scores = do(run, paths[run.task], out, lambda m: measure(m, items, texts), identity)
-        done |= {run: scores} if scores else {}
-        atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
+        if run not in done and (scores := do(run, paths[run.task], out,
+                                             lambda m: measure(m, items, texts), identity)):
+            done[run] = scores
+            atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
 
 
 def report(before, done):
