@@ -26,7 +26,7 @@ def study(args):
     if rank_and_world()[1] > 1:
         raise ValueError("the study starts its own processes; run it without torchrun")
     if args.quick:
-        args.tasks, args.foundations = args.tasks or ["math"], 1
+        args.tasks, args.foundations = args.tasks or ["math"], [0]
         args.arms = args.arms or QUICK
     args.tasks, args.arms = args.tasks or args.all_tasks, list(args.arms or args.all_arms)
     for name in args.arms:
@@ -45,7 +45,8 @@ def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS, report
                    help=f"of {', '.join(tasks.MAKERS)}; default: {', '.join(all_tasks)}")
     p.add_argument("--arms", nargs="+", metavar="ARM",
                    help='such as "folora r8"; see study/arms.py')
-    p.add_argument("--foundations", type=positive_int, default=3, help="pretraining seeds")
+    p.add_argument("--foundations", type=nonneg_int, nargs="+", default=[0, 1, 2],
+                   help="pretraining seeds")
     p.add_argument("--seeds", type=nonneg_int, nargs="+", default=[1], help="of fine-tuning")
     p.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)}; math, one foundation")
     p.add_argument("--workers", type=positive_int, help="processes; default: one per core")

@@ -41,13 +41,13 @@ def frontier(study, stored):
     """Target against retention along the rates, from rate 0: a line per arm and foundation."""
     def draw(ax, task):
         for arm, (colour, marker) in LOOKS.items():
-            for number in range(study.foundations if arm in study.arms else 0):
+            for number in study.foundations if arm in study.arms else ():
                 start = study.foundation(number).start(task)
                 found = study.along(Curve(task, arm, number, study.seeds[0]))[0]
                 points = [(r["test"]["Avg2"], r["test"]["Avg1"])
                           for r in (start, *(r for _, r in sorted(found.items()))) if "test" in r]
                 ax.plot(*zip(*points), color=colour, marker=marker, markersize=5, linewidth=1,
-                        label=None if number else arm)
+                        label=arm if number == study.foundations[0] else None)
         ax.axvline(TARGET[task], color="#AAAAAA", linestyle=":", linewidth=1)
         ax.set(xlabel="learned: target, % right", xlim=(-3, 103))
     return panels(study.tasks, "kept, % right", draw)

@@ -26,7 +26,7 @@ def values(study, task, arm):
     """{measure: one value per foundation, the mean over the seeds that reach the target, or None};
     {} while a curve is unfinished."""
     found = {name: [] for name in MEASURES}
-    for number in range(study.foundations):
+    for number in study.foundations:
         curves = [study.along(Curve(task, arm, number, seed)) for seed in study.seeds]
         if any(missing is not None for _, missing in curves):
             return {}

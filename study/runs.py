@@ -135,7 +135,7 @@ class Study:
         self.tasks, self.foundations, self.seeds = args.tasks, args.foundations, args.seeds
         self.arms, self.finished = args.arms, {}
         self.curves = [Curve(task, arm, number, seed) for seed in args.seeds for arm in args.arms
-                       for number in range(args.foundations) for task in args.tasks]
+                       for number in args.foundations for task in args.tasks]
 
     @functools.cache
     def foundation(self, number):
@@ -244,7 +244,7 @@ def prepare(args):
     train.parser(METHODS).parse_args(["adapt", *shlex.split(args.adapt)])
     calibrate.parser().parse_args(shlex.split(args.calibrate))
     common = ["--precision", args.precision] if args.precision else []
-    for number in range(args.foundations):
+    for number in args.foundations:
         out = ["--out", str(pathlib.Path(args.out) / f"foundation{number}"), *common]
         train.main(["pretrain", "--seed", str(number), *out, *shlex.split(args.pretrain)])
         for task in args.tasks:

@@ -10,7 +10,7 @@ import calibrate
 import tasks
 import train
 from eval import score_items
-from extras.cli import add_common, positive_int
+from extras.cli import add_common, nonneg_int
 from extras.files import atomic_write, cached_json, load_adapter, save
 from extras.machine import pick_device
 from extras.tables import markdown
@@ -61,7 +61,7 @@ def sequence(args):
     """Do what is missing, print the table, and write it to OUT/sequence.md."""
     study, rows = Study(args), []
     for arm in args.arms:
-        for number in range(args.foundations):
+        for number in args.foundations:
             foundation = study.foundation(number)
             path = study.out / f"sequence-{arm}-{number}.json".replace(" ", "-")
             identity = {"settings": [args.tasks, args.calibrate, args.adapt]}
@@ -82,8 +82,8 @@ def add_command(commands):
     p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
     p.add_argument("--arms", nargs="+", choices=ARMS, default=["lora r8", "folora r32"],
                    metavar="ARM", help="see study/arms.py")
-    p.add_argument("--foundations", type=positive_int, default=1,
-                   help="how many of those that compare has made")
+    p.add_argument("--foundations", type=nonneg_int, nargs="+", default=[0],
+                   help="of those that compare has made")
     for stage in "calibrate", "adapt":
         p.add_argument(f"--{stage}", default="", metavar="OPTIONS", help="as for compare")
     add_common(p)

@@ -43,7 +43,7 @@ def test_interpolation_stays_between_its_points(t0, t1, y0, y1, target):
 
 class Imagined:
     """{(arm, foundation, seed): {rate index: result}}, all curves finished unless listed."""
-    foundations, seeds, tasks = 3, (1, 2), ("code",)
+    foundations, seeds, tasks = (0, 1, 2), (1, 2), ("code",)
 
     def __init__(self, curves, unfinished=()):
         self.curves, self.unfinished = curves, unfinished

@@ -13,7 +13,7 @@ from study.runs import Curve, Study
 from study.variants import METHODS as WITH_VARIANTS
 
 FIRST = ARMS["lora r8"].first + EARLIER["code"]  # where that arm's curve begins
-TINY = ["--foundations", "1", "--tasks", "code", *STAGES]  # their rank of 2 replaces the arms'
+TINY = ["--foundations", "0", "--tasks", "code", *STAGES]  # their rank of 2 replaces the arms'
 
 
 def compare(out, *arms, workers="1", more=()):
