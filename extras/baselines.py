@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import tasks
+from extras.grouped import GroupedSAdam
 from extras.machine import autocast
-from folora import SAdam, null_space_start, projection_start, spectral_gate
+from folora import null_space_start, projection_start, spectral_gate
 from model import LoRALinear
 
 
@@ -205,7 +206,7 @@ def added_loss(method, model, layers, calibration, args):
 # ------------------------------------------------------------------------------------------------
 # After each step
 
-class PullBack(SAdam):
+class PullBack(GroupedSAdam):
     """Ours: after each step SAdam takes back a share of what was learned so far: of ΔB the share
     η · strength, of ΔA in the basis that times 1 - gate. As Adam's steps are mostly of at most η, a
     number of ΔB stays below 1 / strength, an attribute to be set before the first step."""
@@ -227,7 +228,7 @@ class Method:
     steps: Callable | None = None              # (m, lam, s_min) -> (basis, gate); None: Adam's
     penalty: Callable | None = None            # (S_pre, C_pre) -> (S, C) of the KL penalty
     rehearsal: Callable | None = None          # replay_loss or distill_loss
-    optimizer: type = SAdam                    # or PullBack
+    optimizer: type = GroupedSAdam             # or PullBack
     train_A: bool = True
     protected: Callable | None = None          # W0 -> (U_k, V_k), directions ΔW may not use
     needs_moments: bool = False                # start or steps use the layer's `solve_layer`

@@ -1,8 +1,9 @@
 """Tables for the screen and for markdown."""
 import torch
 
+from extras.baselines import PullBack
 from extras.machine import pick_device
-from folora import SAdam, solve_layer, spectral_gate
+from folora import solve_layer, spectral_gate
 
 
 def markdown(head, rows):
@@ -41,7 +42,8 @@ def method_table(methods):
     for name, method in methods.items():
         trained = "full weights" if not method.start else "A, B" if method.train_A else "B"
         extra = [f"{words(method.penalty)} penalty" if method.penalty else "",
-                 words(method.rehearsal), "pull back" if method.optimizer is not SAdam else "",
+                 words(method.rehearsal),
+                 "pull back" if issubclass(method.optimizer, PullBack) else "",
                  "protected directions" if method.protected else ""]
         rows.append([name, trained, words(method.start) or "W0", words(method.steps) or "adam",
                      ", ".join(filter(None, extra)) or "-", method.source])

@@ -4,6 +4,7 @@
     python -m study compare --quick    # four of them, on one task and one foundation
     python -m study ablate             # variants of FoLoRA, on math
     python -m study report --assets assets             # tables and pictures of what is finished
+    python -m study join FILE FILE     # the tables of several reports' foundations together
     python -m study sequence           # three tasks, one after the other
     python -m study drift out/code/*/adapter.pt        # where an adapter's drift comes from
     python -m study speed
@@ -17,7 +18,7 @@ from extras.cli import Parser, add_common, command, nonneg_int, positive_int
 from extras.machine import rank_and_world, set_precision
 from study import drift, gpu, pretrained, sequence, speed
 from study.arms import ABLATIONS, ARMS, METHODS, QUICK
-from study.report import report
+from study.report import join, report
 from study.runs import do_all
 
 
@@ -69,6 +70,11 @@ def parser():
                                           for arm in group)), ["math"])
     comparison_command(commands, "report", "tables and pictures of what is done", list(ARMS),
                        report_only=True)
+    p = commands.add_parser("join", help="tables of several reports together")
+    p.set_defaults(run=join)
+    p.add_argument("files", nargs="+", metavar="FILE", help="results.json of each report")
+    p.add_argument("--against", choices=ARMS, metavar="ARM", help="as for compare")
+    add_common(p)
     p = commands.add_parser("speed", help="time and memory against what people would otherwise use")
     p.set_defaults(run=speed.speed)
     p.add_argument("--only", nargs="+", choices=speed.ROWS, metavar="ROW",

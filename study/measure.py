@@ -7,10 +7,11 @@ import torch
 
 import train
 from extras.baselines import kaiming_start
+from extras.grouped import GroupedSAdam
 from extras.llama import make_model
 from extras.machine import pick_device
 from extras.moments import input_twin
-from folora import SAdam, damped
+from folora import damped
 from model import add_lora
 
 
@@ -78,7 +79,7 @@ def with_adapters(config, rank):
 def sadam(model, spectral, basis_dtype=torch.float32):
     """The optimizer of all trained parameters; plain AdamW steps where spectral is empty."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return SAdam(trained, spectral, lr=1e-6, basis_dtype=basis_dtype)
+    return GroupedSAdam(trained, spectral, lr=1e-6, basis_dtype=basis_dtype)
 
 
 def random_batch(config, rows):

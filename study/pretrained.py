@@ -38,7 +38,7 @@ TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbp
 # {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
 SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4, ("lora", 8): 6,
          ("folora", 8): 6, ("sadam-full", 0): -1, ("lora-kl", 32): 5, ("replay", 32): 5,
-         ("lora-null", 32): 3}
+         ("distill", 32): 5, ("lora-null", 32): 3}
 MAIN = 3  # of these, how many are run first
 PULL = 60  # the small models' 10 times 576 / 96, since the rates are divided by that
 MADE = ("sums", "copying")  # kinds of questions that are in no file

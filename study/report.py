@@ -1,4 +1,5 @@
 """The report: a table per task and group of arms, correlations, all values as JSON, pictures."""
+import json
 import pathlib
 
 from extras.files import atomic_write, write_json
@@ -64,6 +65,33 @@ def over_tasks(stored):
                for arm in tasks[0] if all(arm in arms for arms in tasks)}
     return {arm: {"kept": [stats.mean(column) for column in kept]}
             for arm, kept in columns.items() if not any(None in column for column in kept)}
+
+
+def joined(reports):
+    """{task: {"target": …, "arms": …}} of several results.json, each of other foundations: the arms
+    that all of them have. ValueError if a foundation is in two."""
+    seeds = [seed for report in reports for seed in report["foundations"]]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the reports are of foundations {seeds}; each must be in one of them")
+    first, *others = (report["tasks"] for report in reports)
+    found = {}
+    for task, content in first.items():
+        parts = [content["arms"], *(other.get(task, {"arms": {}})["arms"] for other in others)]
+        found[task] = {"target": content["target"], "arms": {
+            arm: {name: [v for part in parts for v in part[arm][name]] for name in MEASURES}
+            for arm in parts[0] if all(arm in part for part in parts)}}
+    return found
+
+
+def join(args):
+    """Print the tables of several reports' foundations together."""
+    stored = joined([json.loads(pathlib.Path(file).read_text()) for file in args.files])
+    stored = {task: content for task, content in stored.items() if content["arms"]}
+    for task, content in stored.items():
+        title = f"{task}, at {content['target']} % right on the task"
+        print(f"{table(title, content['arms'], args.against)}\n")
+    if means := over_tasks(stored):
+        print(table(f"mean over {', '.join(stored)}", means, args.against))
 
 
 def correlations(study, task):

@@ -21,7 +21,8 @@ import tasks
 import train
 from extras import machine
 from extras.baselines import METHODS, kl_penalty, protect
-from folora import SAdam, generalized_eigh, null_space_start, solve_layer, spectral_gate
+from extras.grouped import GroupedSAdam
+from folora import generalized_eigh, null_space_start, solve_layer, spectral_gate
 from matrices import EPS, close, cond, eye, gamma_error, normal, rotation
 from micro import lora_parameters
 from model import (GPT, GPTConfig, add_lora, block_linears, filter_top_k_top_p, generate,
@@ -77,7 +78,7 @@ def adapting(device):
         spectral[layer.lora_A] = m["basis"].to(device), spectral_gate(m["eigvals"]).to(device)
     model.to(device)
     trained = lora_parameters(model).values()
-    return model, [SAdam(trained, spectral, lr=8e-3)]
+    return model, [GroupedSAdam(trained, spectral, lr=8e-3)]
 
 
 def pretraining(device):
@@ -146,7 +147,7 @@ def test_sadam_in_float64(device):
         params = [torch.nn.Parameter(randn(4, 12).to(device)) for _ in range(3)]
         spectral = {p: (rotation(12, 1)[:, :k], torch.linspace(1, 0.3, k).double())
                     for p, k in zip(params, (12, 5))}
-        optimizer = SAdam(params, spectral, lr=0.01, weight_decay=0.1)
+        optimizer = GroupedSAdam(params, spectral, lr=0.01, weight_decay=0.1)
         for _ in range(50):
             for p in params:
                 p.grad = randn(4, 12).to(device)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from extras.baselines import PullBack
+from extras.grouped import GroupedSAdam
 from folora import SAdam, forgetting_penalty, generalized_eigh, spectral_gate
 from matrices import EPS, close, cond, eye, f64, invertible, normal, seeds, small, spd_pairs
 
@@ -278,7 +279,7 @@ def test_a_basis_for_a_stranger_and_a_negative_rate_are_refused():
             SAdam([A], lr=lr)
 
 
-@pytest.mark.parametrize("kind", [SAdam, PullBack])
+@pytest.mark.parametrize("kind", [GroupedSAdam, PullBack])
 @given(small, small, seeds, options)
 def test_all_together_take_the_steps_that_each_takes(kind, r, d, seed, options):
     """What a GPU runs, on the CPU: to the bit, with a basis, half of one, none, and no gradient."""

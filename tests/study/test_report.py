@@ -1,10 +1,11 @@
 """What the report makes of finished runs."""
+import json
 import types
 
 import pytest
 from hypothesis import given, strategies as st
 
-from study import report, stats
+from study import __main__ as study, report, stats
 from study.report import at_target
 from study.runs import Curve
 
@@ -113,3 +114,20 @@ def test_means_over_tasks_and_another_reference_by_hand():
     assert lines[2].endswith(" against d |") and not lines[5].split("|")[-2].strip()
     assert "+10.7 (p 0.004)" in lines[4]  # 10, 10, 12: t = 16, df 2
     assert report.table("means", means, "b") == report.table("means", means)
+
+
+def test_reports_of_other_foundations_are_joined(tmp_path, capsys):
+    """Of the arms that both have; the interval and p are over all foundations."""
+    paths = []
+    for number, seeds in enumerate(([0, 1, 2], [4, 5])):
+        arms = {arm: {name: [base + 10 * number + s for s in seeds] for name in report.MEASURES}
+                for arm, base in (("folora r32", 70), ("lora r32", 50), (f"lora r{8 + number}", 0))}
+        paths.append(tmp_path / f"{number}.json")
+        paths[-1].write_text(json.dumps({
+            "foundations": seeds, "tasks": {"math": {"target": 70, "arms": arms}}}))
+    study.main(["join", *map(str, paths), "--against", "lora r32"])
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 70 / 71 / 72 / 84 / 85 |" in lines[4] and "76.4 ±9.2 (5)" in lines[4]
+    assert "+20.0 (p < 0.001)" in lines[4] and "lora r32" in lines[5] and "lora r8" not in lines[6]
+    with pytest.raises(ValueError, match=r"foundations \[0, 1, 2, 0, 1, 2\]; each"):
+        study.main(["join", str(paths[0]), str(paths[0])])
