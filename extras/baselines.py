@@ -207,9 +207,10 @@ def added_loss(method, model, layers, calibration, args):
 # After each step
 
 class PullBack(GroupedSAdam):
-    """Ours: after each step SAdam takes back a share of what was learned so far: of ΔB the share
-    η · strength, of ΔA in the basis that times 1 - gate. As Adam's steps are mostly of at most η, a
-    number of ΔB stays below 1 / strength, an attribute to be set before the first step."""
+    """Ours: SAdam with decoupled decay towards the start. After each step B's change ΔB shrinks by
+    the share η · strength, and A's change, in the basis, by that times 1 - gate: least where the
+    gate is open. Adam's steps are at most about η, so the entries of ΔB stay below about
+    1 / strength. `strength` is an attribute, to be set before the first step."""
 
     def gated(self, step, gate, state, lr):
         learned = state.setdefault("learned", torch.zeros_like(step))  # ΔB, or ΔA in the basis

@@ -258,8 +258,9 @@ def read_cached_json(path, identity):
 
 
 def cached_json(path, identity, make, wait=True):
-    """The content of `path` if it was made for `identity`; else make() it and write it there, or
-    None where `make` is None. While another process makes it, wait for that or return None."""
+    """Return the content of `path` if it was made for `identity`; otherwise write make() there and
+    return that (None if `make` is None). While another process makes it, wait for it, or return
+    None without `wait`."""
     content = read_cached_json(path, identity)
     if not content and make:
         with file_lock(path, wait) as locked:

@@ -1,19 +1,19 @@
-"""SAdam for a GPU, where telling it to do a small operation takes longer than the operation: each
-line of Adam's is one operation for all matrices. Everywhere else the plain loop of folora.py."""
+"""SAdam's steps, batched for a GPU. For matrices this small the launch of a kernel takes longer than
+the kernel, so each line of Adam's is one operation on all of them; a CPU runs folora.py's loop."""
 import torch
 
 from folora import SAdam
 
 
 class GroupedSAdam(SAdam):
-    """`folora.SAdam`, to the bit, in fewer operations on a GPU."""
+    """Takes the steps of `folora.SAdam`, bit for bit, in fewer operations on a GPU."""
 
     def update_all(self, params, **options):
         together = params and params[0].is_cuda
         (self.update_together if together else super().update_all)(params, **options)
 
     def update_together(self, params, lr, betas, eps, weight_decay):
-        """`update` for all of these parameters."""
+        """`update` of all these parameters at once."""
         bases = [self.spectral.get(p, (None, None)) for p in params]
         gs = [p.grad if V is None else p.grad @ V.to(p) for p, (V, _) in zip(params, bases)]
         states = [self.counted(p, g) for p, g in zip(params, gs)]

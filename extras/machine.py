@@ -68,8 +68,8 @@ def describe(device):
 
 
 def keep_freed_memory():
-    """Let Linux's malloc keep large freed blocks. It would return them to the kernel, which fills
-    them with zeros again when they are next wanted: half of a step's time at GPT-2's vocabulary."""
+    """Let Linux's malloc keep large freed blocks. It would return them to the kernel, which zeroes
+    them again on the next allocation: half of a step's time at GPT-2's vocabulary."""
     if hasattr(LIBC, "mallopt"):       # not in every Linux
         LIBC.mallopt(-4, 0)            # M_MMAP_MAX
         LIBC.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD

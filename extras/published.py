@@ -31,9 +31,9 @@ ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_
 
 
 def read_published(source, context):
-    """(model, what of it foundation.pt holds besides its weights) of GPT-2 or, with a context of
-    that many tokens, of a Llama, which brings its "tokenizer"; bpe.py explains that. ValueError
-    says in one line what cannot be read, or is not supported."""
+    """Read published weights; returns (model, what else foundation.pt is to hold of it). That is
+    nothing for GPT-2; for a Llama, whose context becomes `context` tokens, its "tokenizer" (see
+    bpe.py). ValueError says in one line what cannot be read or is not supported."""
     path = smollm2_path() if source == "smollm2" else pathlib.Path(source)
     file, content, advice = path / "config.json", {}, "give a complete model of a supported kind"
     if file.is_file():
@@ -208,7 +208,8 @@ def read_safetensors(path):
 
 
 def weight_files(folder):
-    """A folder's file of weights, or those that its index lists; else the one to be missed."""
+    """A folder's file of weights, or those that its index lists. If there is neither, the file that
+    an error will name."""
     for name in "model.safetensors", "pytorch_model.bin":
         if (folder / name).is_file():
             return [folder / name]

@@ -106,9 +106,9 @@ def drop_long_items(items, encoding, length, skip_bad=False):
 
 def evaluation_items(task, split, count=HELD_OUT, target=None, files=(), skip_bad=False,
                      config=None):
-    """{"target" or kind: [Item]}, up to `count` items per kind. Files for the target and to be kept
-    replace what the task itself has. With a config, items that do not fit its context are refused
-    or, with skip_bad, dropped."""
+    """{"target" or kind: [Item]}, up to `count` items per kind. The file `target` and those to be
+    kept, `files`, replace the task's own items. With a config, items that do not fit its context
+    are refused or, with skip_bad, dropped."""
     chosen = (file_items(target, skip_bad) if target
               else load_items(task, split, HELD_OUT, skip_bad))
     names = ["target", *(pathlib.Path(file).stem for file in files)]

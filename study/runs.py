@@ -51,9 +51,10 @@ def target_score(result):
 
 
 def next_rate(found, first, target):
-    """The rate index that {rate index: target score} lacks to bracket the target; None if nothing.
+    """The rate index to run next, so that `found`, {rate index: target score}, brackets the target;
+    None once it does, or cannot.
 
-    It goes down from a target that is reached; else up, or down if less was learned at higher
+    The curve goes down from a target that is reached; else up, or down if less was learned at higher
     rates, as long as the best is near an end. Below half of the target, which rate is best may be
     chance: up to the last rate then, wherever the best is.
     """
