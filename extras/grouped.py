@@ -1,5 +1,5 @@
-"""SAdam's steps, batched for a GPU. For matrices this small the launch of a kernel takes longer than
-the kernel, so each line of Adam's is one operation on all of them; a CPU runs folora.py's loop."""
+"""SAdam's steps, batched for a GPU. For matrices this small the launch of a kernel takes longer
+than the kernel, so each line of Adam's is one operation on all of them; a CPU runs folora.py's."""
 import torch
 
 from folora import SAdam
