@@ -51,12 +51,12 @@ def target_score(result):
 
 
 def next_rate(found, first, target):
-    """The rate index to run next, so that `found`, {rate index: target score}, brackets the
-    target; None once it does, or cannot.
-
     """The rate index to run next, so that `found` {rate index: target score} brackets the target;
-    rates, as long as the best is near an end. Below half of the target, which rate is best may be
-    chance: up to the last rate then, wherever the best is.
+    None once it does, or cannot.
+
+    The curve goes down from a target that is reached; else up, or down if less was learned at
+    higher rates, as long as the best is near an end. Below half of the target, which rate is best
+    may be chance: up to the last rate then, wherever the best is.
     """
     if not found:
         return first
