@@ -2,7 +2,7 @@
 import json
 import pathlib
 
-from extras.files import atomic_write, write_json
+from extras.files import atomic_write, friendly_errors, write_json
 from extras.tables import markdown
 from study import stats
 from study.arms import GROUPS, TARGET
@@ -85,7 +85,12 @@ def joined(reports):
 
 def join(args):
     """Print the tables of several reports' foundations together."""
-    stored = joined([json.loads(pathlib.Path(file).read_text()) for file in args.files])
+    reports = []
+    for file in args.files:
+        with friendly_errors(file, "give a results.json that study report wrote"):
+            reports.append(json.loads(pathlib.Path(file).read_text()))
+            joined(reports[-1:])
+    stored = joined(reports)
     stored = {task: content for task, content in stored.items() if content["arms"]}
     for task, content in stored.items():
         title = f"{task}, at {content['target']} % right on the task"
