@@ -67,6 +67,13 @@ def over_tasks(stored):
             for arm, kept in columns.items() if not any(None in column for column in kept)}
 
 
+def mean_table(stored, against=None):
+    """The table of means over several tasks; "" where there is one task, or no such arm."""
+    means = over_tasks(stored) if len(stored) > 1 else {}
+    title = f"mean over {', '.join(stored)}, of the arms that reach all targets"
+    return table(title, means, against) if means else ""
+
+
 def joined(reports):
     """{task: {"target": …, "arms": …}} of several results.json, each of other foundations: the arms
     that all of them have. ValueError if a foundation is in two."""
@@ -89,14 +96,15 @@ def join(args):
     for file in args.files:
         with friendly_errors(file, "give a results.json that study report wrote"):
             reports.append(json.loads(pathlib.Path(file).read_text()))
-            joined(reports[-1:])
+            joined(reports[-1:])  # whatever is wrong with it is said of this file
     stored = joined(reports)
     stored = {task: content for task, content in stored.items() if content["arms"]}
+    if not stored:
+        raise ValueError("these reports have no task and arm in common")
     for task, content in stored.items():
         title = f"{task}, at {content['target']} % right on the task"
         print(f"{table(title, content['arms'], args.against)}\n")
-    if means := over_tasks(stored):
-        print(table(f"mean over {', '.join(stored)}", means, args.against))
+    print(mean_table(stored, args.against))
 
 
 def correlations(study, task):
@@ -135,10 +143,7 @@ def report(args):
     study, out = Study(args), pathlib.Path(args.out)
     texts, found = zip(*(of_task(study, task, args.against) for task in study.tasks))
     stored = dict(zip(study.tasks, found))
-    if means := len(study.tasks) > 1 and over_tasks(stored):
-        title = f"mean over {', '.join(study.tasks)}, of the arms that reach all targets"
-        texts = [*texts, table(title, means, args.against)]
-    text = "\n\n".join(texts)
+    text = "\n\n".join(filter(None, [*texts, mean_table(stored, args.against)]))
     atomic_write(out / "results.md", lambda f: f.write(f"{text}\n".encode()))
     write_json(out / "results.json", {"foundations": study.foundations, "seeds": study.seeds,
                                       "tasks": stored})

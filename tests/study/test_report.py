@@ -131,6 +131,9 @@ def test_reports_of_other_foundations_are_joined(tmp_path, capsys):
     assert "+20.0 (p < 0.001)" in lines[4] and "lora r32" in lines[5] and "lora r8" not in lines[6]
     with pytest.raises(ValueError, match=r"foundations \[0, 1, 2, 0, 1, 2\]; each"):
         study.main(["join", str(paths[0]), str(paths[0])])
+    paths[1].write_text('{"foundations": [7], "tasks": {"math": {"target": 70, "arms": {}}}}')
+    with pytest.raises(ValueError, match="no task and arm in common"):
+        study.main(["join", *map(str, paths)])
     for content in "{", '{"foundations": [7]}':
         paths[1].write_text(content)
         with pytest.raises(ValueError, match="1.json cannot be read .*give a results.json"):
