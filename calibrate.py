@@ -35,20 +35,20 @@ from model import block_linears, generate
 DECODING = [(0.70, (1.0, 1.0, 0)),
             (0.20, (1.0, 0.95, 0)),
             (0.10, (1.2, 0.98, 50))]
-# App. B.4's filters, set for a model of bytes; the paper's 0.12 and 256 are for BPE tokens
+# App. B.4's filters, for bytes; the paper has min_unique 0.12 and fours_from 256, for BPE tokens
 FILTERS = {"min_tokens": (32, "reject shorter samples"),
            "max_run": (20, "reject runs of this many equal tokens"),
            "min_unique": (0.08, "least share of unique tokens; real text has 0.13 to 0.3"),
-           "unique_from": (128, "that share is asked for from this many tokens"),
+           "unique_from": (128, "tokens from which min_unique applies"),
            "min_unique_fours": (0.25, "least share of unique 4-grams"),
-           "fours_from": (96, "that share is asked for from this many tokens")}
+           "fours_from": (96, "tokens from which min_unique_fours applies")}
 
 
 # ------------------------------------------------------------------------------------------------
 # Sample and filter
 
 def rejection(tokens, seen, limits):
-    """Why a sample is rejected (App. B.4), or None. `seen` holds the earlier samples."""
+    """Why a sample is rejected (App. B.4), or None. Adds it to `seen`, the earlier samples."""
     length, runs = len(tokens), (len([*run]) for _, run in itertools.groupby(tokens))
     if tuple(tokens) in seen:
         return "duplicate"
@@ -73,8 +73,8 @@ def draw_decoding(rng, rows, model):
 
 
 def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250, starts=((),)):
-    """`count` samples that pass the filters, as token lists. Each is written after <|endoftext|>,
-    which is left out of it, and begins with one of `starts` (token lists) in turn.
+    """`count` samples that pass the filters, as token lists without the <|endoftext|> that each was
+    generated from; each begins with one of `starts` (token lists) in turn.
 
     Several processes sample with seeds of their own, and all accept the same texts. ValueError if
     fewer than `count` of 5 × count tries pass.
@@ -93,8 +93,8 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250,
         progress(min(count - 1, len(accepted) + rows * world * new / max_new))
 
     while len(accepted) < count:
-        missing = count - len(accepted)  # and 10 % more, for those that will be rejected
-        rows = math.ceil(min(batch, 1.1 * missing) / world)
+        missing = count - len(accepted)
+        rows = math.ceil(min(batch, 1.1 * missing) / world)  # 10 % more: some will be rejected
         if tries >= 5 * count:
             raise ValueError(f"only {len(accepted)} of {count} samples passed the filters in "
                              f"{tries} tries (rejected: {dict(rejected)}); ask for fewer with "
@@ -128,7 +128,7 @@ def second_moments(model, rows, batch=64, moments_device=None):
     layers = {name: layer for name, layer in block_linears(model).items() if twin[name] == name}
     moments = {name: SecondMoment(layer.in_features, moments_device or model.lm_head.weight.device)
                for name, layer in layers.items()}
-    # each row gets an unused last target, 0, so that its last token is an input too
+    # batches_of takes the last token as a target only: append a 0, so that all real ones are inputs
     for x, y in batches_of(model, [[*row, 0] for row in rows], batch):
         with forward_hooks(layers, lambda name, inputs: moments[name].add(inputs, y != -100)):
             model.features(x)
@@ -139,7 +139,7 @@ def second_moments(model, rows, batch=64, moments_device=None):
 # ------------------------------------------------------------------------------------------------
 # The command
 
-def proxy(args, model, foundation, source="own", texts=None):
+def load_proxy(args, model, foundation, source="own", texts=None):
     """What out/proxy.pt holds, built unless it is up to date: "samples" (N, longest) int32, padded
     with -1; "C_pre" {layer: (d_in, d_in)}; "S_pre" {layer: (d_out, d_out)}."""
     encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
@@ -158,7 +158,7 @@ def proxy(args, model, foundation, source="own", texts=None):
         chosen = texts or sample_proxy(model, args.samples, encoding.eot_token, settings["limits"],
                                        args.min_new, args.max_new or length - max(map(len, starts)),
                                        args.seed, starts=starts)
-        chosen = [tokens[:length] for tokens in chosen]
+        chosen = [tokens[:length] for tokens in chosen]  # with <|endoftext|> one more: the target
         for tokens in chosen[:4]:
             print("  |", repr(encoding.decode([t for t in tokens if t != encoding.eot_token])))
         rows = [[encoding.eot_token] + tokens for tokens in chosen]
@@ -174,7 +174,7 @@ def proxy(args, model, foundation, source="own", texts=None):
 def calibrate(args, source="own", texts=None):
     """Sample and measure, unless out/<task>/calibration.pt is up to date.
 
-    texts: token lists to measure C_pre on, and in `source` whose they are; default: own samples.
+    texts: token lists to measure on instead of own samples; source: what the file says they are.
     """
     set_precision(args.precision)
     if not re.fullmatch(r"calibration[\w.-]*", args.name):
@@ -182,7 +182,7 @@ def calibrate(args, source="own", texts=None):
     queries = [item.prompt for item in load_items(args.task, "train", args.queries, args.skip_bad)]
     model, foundation = load_foundation(args.out, pick_device())
     encoding = tasks.get_encoding(model.config.encoding)
-    cached = proxy(args, model, foundation, source, texts)
+    cached = load_proxy(args, model, foundation, source, texts)
 
     def build():
         print(f"calibrate: {len(queries)} queries of {args.task} for C_task")
@@ -204,13 +204,13 @@ def parser():
     p = Parser(description=__doc__.split("\n")[0])
     add_task(p)
     add_options(p, {
-        "samples": (500, "texts that the foundation writes, for C_pre"),
+        "samples": (500, "texts that the base model writes, for C_pre; the paper has 2,000"),
         "fisher_samples": (250, "how many of them serve S_pre, which takes a backward pass"),
         "queries": (256, "task prompts, for C_task"),
         "name": ("calibration", "the file is out/<task>/<name>.pt"),
         "min_new": (32, "a sample cannot end before this many tokens"),
         "max_new": (0, "most tokens of a sample; 0: the model's context"),
-        "seed": (0, "of everything random"), **FILTERS}, ("samples", "fisher_samples", "queries"))
+        "seed": (0, "random seed"), **FILTERS}, ("samples", "fisher_samples", "queries"))
     p.add_argument("--begin", metavar="TEXT", nargs="+", default=[""],
                    help='what the samples begin with, in turn; with "" "Question:" every second '
                         "one is a question")

@@ -1,10 +1,10 @@
-"""Evaluate: what was learned, what was kept. And the main job, which runs the whole story.
+"""Evaluate: what was learned, what was kept. `main_job` runs all stages and prints the table.
 
     python eval.py                   # pretrain, calibrate, adapt with three methods, evaluate
     python eval.py --task math       # the same on another task; finished stages are reused
 
 A target task is scored by its checker, kept knowledge by exact match, both on greedy answers
-(percent right); a file's items without a check by likelihood; held-out text in bits per byte.
+(percent right); items of a file that have no check by likelihood; held-out text in bits per byte.
 Avg1 is the mean of the kept scores, Avg2 the target score, GM = √(Avg1·Avg2).
 """
 import math
@@ -34,7 +34,7 @@ ITEMS = 100                                        # of each kind, at most
 # Scores
 
 def answers(model, items, batch=100):
-    """The model's greedy answer to each item, up to the end of its line if no answer has more."""
+    """The model's greedy answers, cut at the first newline unless a right answer has one itself."""
     encoding, outputs = tasks.get_encoding(model.config.encoding), [None] * len(items)
     stop = [encoding.eot_token]
     if not any("\n" in item.answer for item in items):
@@ -55,15 +55,14 @@ def answers(model, items, batch=100):
 
 
 def score_items(model, items):
-    """What `likelihood` returns; for items with a check also "score", percent right, and "wrong",
-    up to three examples."""
-    if not items[0].check:
-        return likelihood(model, items)
-    outputs = answers(model, items)
-    wrong = [{"prompt": i.prompt, "output": o, "right": i.answer}
-             for i, o in zip(items, outputs) if not i.check(o)]
-    return likelihood(model, items) | {"score": 100 * (1 - len(wrong) / len(items)),
-                                       "wrong": wrong[:3]}
+    """`likelihood`'s scores; for items with a check "score" is the percent right instead, and
+    "wrong" has up to three examples."""
+    scores = likelihood(model, items)
+    if items[0].check:
+        wrong = [{"prompt": i.prompt, "output": o, "right": i.answer}
+                 for i, o in zip(items, answers(model, items)) if not i.check(o)]
+        scores |= {"score": 100 * (1 - len(wrong) / len(items)), "wrong": wrong[:3]}
+    return scores
 
 
 @torch.inference_mode()
@@ -76,15 +75,16 @@ def likelihood(model, items, batch=16):
         x, y = (t.to(model.lm_head.weight.device)
                 for t in tasks.response_batch(rows[first:first + batch]))
         targets = (y != -100).sum().item()
-        nats, count = nats + train.loss_of(model, x, y).item() * targets, count + targets
-    size = sum(len(item.answer.encode()) + 1 for item in items)
+        nats += train.loss_of(model, x, y).item() * targets
+        count += targets
+    size = sum(len(item.answer.encode()) + 1 for item in items)  # + 1: its end token
     return {"score": 100 * math.exp(-nats / count), "n": len(items), "wrong": [],
             "nats": nats / count, "bits_per_byte": nats / math.log(2) / size}
 
 
 @torch.inference_mode()
 def bits_per_byte(model, text, split, most):
-    """Mean cross-entropy on `most` rows of a text, in bits per byte."""
+    """Mean cross-entropy, in bits per byte, on at most `most` rows of a text's `split`."""
     encoding, length = tasks.get_encoding(model.config.encoding), model.config.block_size
     rows = tasks.held_out_rows(text, split, encoding, length + 1, most)
     if not rows:
@@ -98,8 +98,8 @@ def bits_per_byte(model, text, split, most):
 
 
 def evaluate(model, items, split, rows=256, text=None):
-    """Scores of a model on items {"target" or kind: [Item]} and on text {name: string} (default:
-    the held-out library text), and their averages."""
+    """Scores of a model, and their averages, on items {"target": [Item], kind: [Item], ...} and on
+    text {name: string} (default: the held-out library text), at most `rows` rows of each."""
     text = text or {kind: tasks.library_text(kind)[1] for kind in tasks.LIBRARY}
     scores = {kind: score_items(model, chosen) for kind, chosen in items.items()}
     target = scores.pop("target")
@@ -147,10 +147,10 @@ def print_wrong(name, scores):
 def main_job(args):
     """Run every stage that is not up to date, print the table; returns {model name: scores}."""
     set_precision(args.precision)
-    began, device, out = time.time(), pick_device(), ["--out", args.out]
+    began, device = time.time(), pick_device()
     # parse all stages' options and read the user's files first: mistakes show before any work
     evaluation_items(args.task, args.split, 1, args.eval, args.keep, args.skip_bad)
-    common = [*out, *(["--precision", args.precision] if args.precision else [])]
+    common = ["--out", args.out, *(["--precision", args.precision] if args.precision else [])]
     task = ["--task", args.task, *(["--skip-bad"] if args.skip_bad else []), *common]
     parse = train.parser().parse_args
     pretrain = parse(["pretrain", *common, *shlex.split(args.pretrain)])
@@ -175,11 +175,12 @@ def main_job(args):
     foundation, _ = load_foundation(args.out, device)
     items = evaluation_items(args.task, args.split, ITEMS, args.eval, args.keep,
                              args.skip_bad, foundation.config)
-    folder, results = task_folder(args), {}
-    for name, path in {"foundation": folder / f"foundation-{args.split}.json", **runs}.items():
-        model = load_adapter(path, args.out, device) if name in runs else foundation
-        path = path.with_name(f"{args.split}.json") if name in runs else path
-        results[name] = scores_of(path, model, items, args)
+    folder = task_folder(args)
+    path = folder / f"foundation-{args.split}.json"
+    results = {"foundation": scores_of(path, foundation, items, args)}
+    for name, adapter in runs.items():
+        model = load_adapter(adapter, args.out, device)
+        results[name] = scores_of(adapter.with_name(f"{args.split}.json"), model, items, args)
     for name, scores in results.items():
         print_wrong(name, scores)
     print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is "
@@ -213,7 +214,7 @@ def main(argv=None):
     for file in args.keep:
         if not file.endswith((".jsonl", ".txt")):
             raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
-        open(file, "rb").close()
+        open(file, "rb").close()  # OSError now, not after the training
     return main_job(args)
 
 

@@ -1,7 +1,7 @@
 """FoLoRA, the method: low-rank fine-tuning whose updates avoid what the base model already uses.
 
-Foundation-Preserving LoRA, arXiv 2606.00132; equation numbers are the paper's. Pure functions, then
-one optimizer.
+Foundation-Preserving LoRA, arXiv 2606.00132; equation numbers are the paper's. Four parts: measure,
+solve, start, step.
 
 A linear layer W0 (d_out, d_in) reads inputs x (d_in,). On text that the base model wrote itself,
 C_pre = E[x xᵀ] says how strongly each input direction is used; on the task's queries, which are
@@ -12,13 +12,13 @@ layer's output by κB ΔA x, so its rows should lie where C_task is large and C_
     task utility         U(ΔA) = Tr(ΔA C_task ΔAᵀ)
     their trade-off      C_task v = γ H v,       VᵀHV = I,  VᵀC_task V = diag(γ)       (Eq. 17)
 
-γ is the utility of a direction per unit of penalty. Adam runs in the coordinates V, and each
-coordinate's *step* is multiplied by the gate γ/(γ + λ), at least s_min (Eq. 22): cheap, useful
-directions move freely, costly ones little.
+γ is the utility of a direction per unit of penalty. Adam runs in the coordinates ΔĀ of ΔA = ΔĀVᵀ,
+where R = ‖ΔĀ‖²: every direction costs the same. The gate γ/(γ + λ), at least s_min, multiplies each
+coordinate's *step* (Eq. 22): directions that the task uses move freely, the others little.
 
-Units: one scalar per layer, tr(C_pre)/d_in, divides both moments (`normalise`). γ does not change;
-τ and the learning rate no longer depend on the activations' units, and with λ = 1 a direction that
-is as active on the task as on the base model's own text takes half a step.
+Units: one scalar per layer, tr(C_pre)/d_in, divides both moments (`normalise`), so that τ, γ and
+the learning rate do not depend on the activations' units. With λ = 1 a direction that is as active
+on the task as on the base model's own text takes about half a step.
 """
 import math
 
@@ -37,7 +37,7 @@ class SecondMoment:
 
     def __init__(self, d_in, device="cpu"):
         self.total = torch.zeros(d_in, d_in, dtype=torch.float64, device=device)
-        self.tokens = torch.zeros((), dtype=torch.long, device=device)
+        self.tokens = torch.zeros((), dtype=torch.long, device=device)  # a tensor, for all_reduce
 
     def add(self, x, mask=None):
         """x (..., d_in); mask (...) is False on padding, which is left out."""
@@ -55,7 +55,7 @@ class SecondMoment:
 
 
 def normalise(C_pre, C_task):
-    """Divide both moments by tr(C_pre)/d_in, an input's mean square on the base model's text."""
+    """Divide both by tr(C_pre)/d_in: an input component's mean square on the base model's text."""
     mean_square = C_pre.diagonal().mean()
     if not 0 < mean_square < math.inf:
         raise ValueError(f"C_pre has a mean diagonal of {mean_square}; a layer whose input is zero "
@@ -64,8 +64,8 @@ def normalise(C_pre, C_task):
 
 
 # ------------------------------------------------------------------------------------------------
-# Solve: penalty, utility, and the directions that trade one for the other. Training computes R and
-# U of no update: they define V and γ, and through these SAdam's steps obey them.
+# Solve: penalty, utility, and the directions that trade one for the other. Training never computes
+# R or U: they act through V and γ alone.
 
 def forgetting_penalty(dA, H):
     """R(ΔA) = Tr(ΔA H ΔAᵀ) for dA (r, d_in), H (d_in, d_in): a scalar (Eq. 6)."""
@@ -83,7 +83,7 @@ def rayleigh_quotient(v, C_task, H):
 
 
 def damped(C_pre, tau):
-    """H = C_pre + τI (Eq. 6). With a normalised C_pre, τ is relative to an input's mean square."""
+    """H = C_pre + τI (Eq. 6). For a normalised C_pre, τ is relative to its mean diagonal."""
     if not 0 < tau < math.inf:
         raise ValueError(f"tau is {tau}; the damping must be a positive number, for example 0.01")
     return C_pre + tau * torch.eye(len(C_pre), dtype=C_pre.dtype, device=C_pre.device)
@@ -100,14 +100,14 @@ def generalized_eigh(C_task, H):
     """Solve C_task v = γ H v in float64, for symmetric (d, d) C_task, positive definite H (Eq. 17).
 
     With H = LLᵀ this is the symmetric problem of M = L⁻¹ C_task L⁻ᵀ = QΓQᵀ, and V = L⁻ᵀQ. (The
-    paper whitens with H^-½, which gives the same eigenvectors up to a rotation within equal γ;
-    for distinct γ up to sign, which neither Adam nor the gate sees.)
+    paper whitens with H^-½. For distinct γ that gives the same V up to signs, which neither Adam
+    nor the gate sees; within equal γ a rotation is free.)
 
     Returns (eigvals (d,) descending, basis (d, d) with the eigenvectors as columns):
     VᵀHV = I and VᵀC_task V = diag(γ).
     V is *not* orthogonal: gradients enter the basis as Ḡ = G V, parameters as Ā = A V⁻ᵀ = A H V.
-    VᵀHV has a rounding error of d · eps · cond(H). Where that exceeds 1 %, ValueError says which τ
-    would do.
+    If VᵀHV misses I by more than 1 % (rounding: about d · eps · cond(H)), ValueError says how much
+    larger τ must be.
     """
     C_task, H = C_task.double(), H.double()
     for name, C in ("C_task", C_task), ("H", H):
@@ -123,7 +123,8 @@ def generalized_eigh(C_task, H):
             raise ValueError("C_task is so much larger than H that γ overflows; use a larger tau")
         eigvals, Q = torch.linalg.eigh(M)  # ascending
         basis = torch.linalg.solve_triangular(L.T, Q, upper=True)
-        failed = not (basis.T @ H @ basis - torch.eye(len(H)).to(H)).abs().max() <= 0.01
+        error = (basis.T @ H @ basis - torch.eye(len(H)).to(H)).abs().max()
+        failed = not error <= 0.01  # or NaN
     if failed:
         e = torch.linalg.eigvalsh(H)  # with `more` added, d · eps · cond(H) is at most 0.5 %
         more = 200 * len(H) * torch.finfo(H.dtype).eps * e.abs().max() - e[0].clamp(max=0)
@@ -145,7 +146,7 @@ def solve_layer(C_pre, C_task, tau=0.01):
 
 
 def spectral_gate(eigvals, lam=1.0, s_min=0.3):
-    """s̃ = max(γ/(γ + λ), s_min) in [s_min, 1]: the share of Adam's step per direction (Eq. 22)."""
+    """s̃ = max(γ/(γ + λ), s_min): the share of Adam's step that a direction takes (Eq. 22)."""
     if not 0 < lam < math.inf:
         raise ValueError(f"lam is {lam}; λ must be a positive number, "
                          "1 halves the step where utility equals penalty")
@@ -161,15 +162,15 @@ def spectral_gate(eigvals, lam=1.0, s_min=0.3):
 # extras/baselines.py too, are called with the same keywords; unused ones land in `**_`.
 
 def projection_start(W0, U, scale=1.0):
-    """A0 = Uᵀ, B0 = W0 U/κ for orthonormal columns U (d_in, r): κB0A0 is W0 on the span of U."""
+    """A0 = Uᵀ, B0 = W0 U/κ for orthonormal columns U (d_in, r): κB0A0 = W0UUᵀ."""
     return U.T.to(W0).contiguous(), (W0 @ U.to(W0)) / scale
 
 
 def null_space_start(W0, C_pre, r, scale=1.0, **_):
     """The paper's start (App. B.3): the r eigenvectors of C_pre with the smallest eigenvalues.
 
-    On the base model's text A0 x, and with it ΔB A0 x, all that B's steps alone move, is then as
-    small as r directions allow; it is zero only where C_pre has a null space of dimension r.
+    B's steps alone move the output by κ ΔB A0 x. On the base model's text A0 x is as small as for
+    any r orthonormal rows, and zero only if C_pre has a null space of dimension r.
     """
     _, U = torch.linalg.eigh(C_pre.double())  # ascending
     return projection_start(W0, U[:, :r], scale)
@@ -204,7 +205,7 @@ class SAdam(torch.optim.Optimizer):
                 raise ValueError(f"basis {tuple(V.shape)} and gate {tuple(gate.shape)} do not fit "
                                  f"a parameter of shape {tuple(A.shape)}; "
                                  "they must be (d_in, k) and (k,)")
-            place = V.data_ptr(), V.shape  # parameters with the same basis share one copy of it
+            place = V.data_ptr(), V.shape, V.stride()  # parameters with one basis share its copy
             if place not in copies:
                 copies[place] = V.to(A.device, basis_dtype or A.dtype)
             self.spectral[A] = copies[place], gate.to(A)
@@ -223,7 +224,7 @@ class SAdam(torch.optim.Optimizer):
         return loss
 
     def update_all(self, params, **options):
-        """One after the other. (extras/grouped.py takes the same steps faster on a GPU.)"""
+        """One parameter after the other; extras/grouped.py batches them on a GPU."""
         for p in params:
             self.update(p, **options)
 
@@ -231,21 +232,21 @@ class SAdam(torch.optim.Optimizer):
         """Take one parameter into its basis, do Adam's step there, gate it, and take it back."""
         V, gate = self.spectral.get(p, (None, None))
         g = p.grad if V is None else p.grad @ V.to(p)     # Ḡ = G V, since A = Ā Vᵀ
-        state = self.counted(p, g)
+        state = self.next_state(p, g)
         m, v = state["exp_avg"], state["exp_avg_sq"]
         m.lerp_(g, 1 - betas[0])                          # m <- β₁ m + (1 - β₁) Ḡ
         v.lerp_(g * g, 1 - betas[1])                      # v <- β₂ v + (1 - β₂) Ḡ²
         m_hat = m / (1 - betas[0] ** state["step"])
         v_hat = v / (1 - betas[1] ** state["step"])
         step = m_hat * -lr / (v_hat.sqrt() + eps)         # Adam's step, -η m̂ / (√v̂ + ε)
-        step = self.gated(step, gate, state, lr)          # ΔĀ ⊙ s̃
+        step = self.gated(step, gate, state, lr)          # ΔĀ = s̃ ⊙ Adam's step
         if V is not None:
-            step = step @ V.T.to(step)                    # ΔA = (ΔĀ ⊙ s̃) Vᵀ
+            step = step @ V.T.to(step)                    # ΔA = ΔĀ Vᵀ
         p.mul_(1 - lr * weight_decay)
         p.add_(step)
 
-    def counted(self, p, g):
-        """The state of a parameter, zeros at first, with this step counted."""
+    def next_state(self, p, g):
+        """The parameter's state, zeros before its first step, with this step counted."""
         state = self.state[p]
         if not state:
             state.update(step=0, exp_avg=torch.zeros_like(g), exp_avg_sq=torch.zeros_like(g))
@@ -253,6 +254,6 @@ class SAdam(torch.optim.Optimizer):
         return state
 
     def gated(self, step, gate, state, lr):
-        """Adam's step in the basis, times the gate. (Adam would normalise a gated *gradient* away.)
-        Parameters without a basis have no gate. (state and lr are for subclasses.)"""
+        """Adam's step in the basis, times the gate, if there is one. Gating the *gradient* would do
+        nothing: Adam divides constant factors out. (state and lr are for subclasses.)"""
         return step if gate is None else step * gate

@@ -23,7 +23,7 @@ class GPTConfig:
     n_layer: int = 4
     n_head: int = 3
     n_embd: int = 96
-    gelu: str = "none"       # exact; or GPT-2's "tanh", equal to 0.001, 4 times slower on a CPU
+    gelu: str = "none"       # exact; "tanh": GPT-2's approximation, within 0.001, 4 x slower on CPU
     encoding: str = "bytes"  # what a token is: see tasks.get_encoding
 
     def __post_init__(self):
@@ -42,12 +42,12 @@ class GPTConfig:
 
 
 class KVCache:
-    """Keys and values of the tokens so far, per layer (B, nh, T_max, hs); each row of the batch
+    """Keys and values of the tokens so far, per layer (B, nh, length, hs); each row of the batch
     writes at its own position."""
 
     def __init__(self, length, aligned):
         self.layers, self.length = {}, length
-        self.used = length      # no row has tokens at or after this position
+        self.used = length      # set by `generate`: no row has tokens at or after this position
         self.aligned = aligned  # whether all rows have equal length: then writes are contiguous
 
     def update(self, layer, k, v, pos):
@@ -91,7 +91,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, pos=None, cache=None):
         B, T, C = x.shape
-        # three times (B, nh, T, hs)
+        # each (B, nh, T, hs)
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2)
                    for y in self.c_attn(x).split(C, dim=2))
         if cache is None:
@@ -178,7 +178,7 @@ def filter_top_k_top_p(logits, temperature, top_p, top_k):
     these the fewest that hold a probability of top_p; the others become -inf. Each setting is a
     tensor (B,), so every row may have its own."""
     logits = logits / temperature[:, None]
-    cut = ((top_p < 1) | (top_k < logits.shape[-1])).nonzero()[:, 0]  # sorting is slow: only these
+    cut = ((top_p < 1) | (top_k < logits.shape[-1])).nonzero()[:, 0]  # only rows with a limit: slow
     ranked, order = logits[cut].sort(dim=-1, descending=True)
     keep = torch.arange(logits.shape[-1], device=logits.device) < top_k[cut, None]
     probs = ranked.masked_fill(~keep, -math.inf).softmax(-1)
@@ -193,7 +193,7 @@ def pick_tokens(logits, decoding=None, generator=None):
     if decoding is None:
         return logits.argmax(-1)
     probs = filter_top_k_top_p(logits.float(), *decoding).softmax(-1)
-    # an exponential race, as in torch.multinomial, without its checks, which wait for the GPU
+    # argmax(p / Exp(1)) samples from p, as torch.multinomial does, whose checks wait for the GPU
     return (probs / torch.empty_like(probs).exponential_(generator=generator)).argmax(-1)
 
 
@@ -205,7 +205,7 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
 
     decoding:       None for greedy, else (temperature, top_p, top_k), each a tensor (B,).
     min_new_tokens: a `stop` token cannot come before this many others.
-    tick:           called as tick(new tokens so far) before each one.
+    tick:           called as tick(new tokens so far) before each step.
     Returns the new tokens of each row, without the stop token.
     """
     device, lengths = model.lm_head.weight.device, [len(p) for p in prompts]
@@ -248,8 +248,8 @@ def generate(model, prompts, max_new_tokens, stop=(), decoding=None, min_new_tok
 class LoRALinear(nn.Module):
     """W = W_res + κBA: a frozen weight (d_out, d_in), B (d_out, r), A (r, d_in), κ = scale (α/r).
 
-    A0 and B0 are the starting values of A and B, and W_res = W0 - κB0A0: the layer starts as the
-    function it was.
+    A0 and B0, set by `init_from`, are the starting values of A and B, and W_res = W0 - κB0A0: the
+    layer starts as the function it was.
     """
 
     def __init__(self, linear, r, scale=1.0):

@@ -1,7 +1,7 @@
 """Train: `pretrain` the small foundation, then `adapt` it to a task. One loop serves both.
 
     python train.py pretrain                              # out/foundation.pt
-    python calibrate.py --task math                       # what FoLoRA needs to know first
+    python calibrate.py --task math                       # the moments that FoLoRA needs
     python train.py adapt --task math --method folora     # out/math/folora-.../adapter.pt
     python train.py export --adapter … --to folder        # for transformers and PEFT
 """
@@ -14,6 +14,7 @@ import time
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import tasks
 from extras.baselines import METHODS, added_loss, default_rate, protect
@@ -31,29 +32,27 @@ from folora import solve_layer
 from model import GPT, GPTConfig, add_lora, block_linears
 
 SAVE_EVERY = 30  # seconds between saves of an unfinished run
-# Takes the logits of 256 positions at a time; torch before 2.13 lacks it and holds them all
-CHUNKS = (torch.nn.LinearCrossEntropyOptions(batch_chunk_size=256)
-          if hasattr(torch.nn, "LinearCrossEntropyOptions") else None)
-PRETRAIN = {  # option: (default, help)
+MOST_LOGITS = 2 ** 26  # held at once: about 1 GB with their gradients
+PRETRAIN = {  # option: (default, help), or (default, help, choices)
     "steps": (2000, "optimizer steps"), "batch": (16, "rows per step"),
     "context": (0, "tokens per row; 0: 128, or for a Llama 512"), "layers": (4, "blocks"),
     "heads": (3, "attention heads per block"), "width": (96, "channels"),
     "lr": (6e-3, "AdamW's peak learning rate (embeddings, biases, norms)"),
     "muon_lr": (0.02, "Muon's peak learning rate (matrices); 0: AdamW for them too"),
-    "seed": (0, "of everything random")}
+    "seed": (0, "random seed")}
 ADAPT = {
     "rank": (32, "LoRA's rank r"), "scale": (1.0, "κ in W = W_res + κBA"),
     "steps": (400, "optimizer steps"), "batch": (8, "items per step"),
     "examples": (2000, "training items"), "lam": (1.0, "λ of the gate γ/(γ + λ)"),
     "s_min": (0.3, "the smallest gate"),
-    "tau": (0.01, "damping of C_pre, relative to the mean square of an input"),
+    "tau": (0.01, "damping of C_pre, relative to its mean diagonal"),
     "mu": (5.0, "μ of the KL penalty, for methods that have one"),
     "rehearsal": (1.0, "weight of the loss on base-model samples, for methods that have one"),
-    "pull": (5.0, "strength of pulling back, for methods that do; at rank r it is times r / 32"),
+    "pull": (5.0, "strength of pulling back at rank 32; it grows in proportion to the rank"),
     "basis_dtype": ("float32", "of SAdam's bases; bfloat16 takes half the memory",
                     ("float32", "bfloat16")),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
-    "seed": (0, "of everything random")}
+    "seed": (0, "random seed")}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -68,28 +67,33 @@ def rate_factor(step, steps, warmup, shape):
 
 
 def loss_of(model, x, y):
-    """Mean cross-entropy in nats of targets y (B, T) given inputs x (B, T); -100 is no target."""
-    counted, W = y != -100, model.lm_head.weight
+    """Mean cross-entropy in nats of inputs x (B, T) against targets y (B, T); -100 is ignored."""
+    def mean_loss(h, targets):
+        return F.cross_entropy(model.lm_head(h).float(), targets)
+
+    counted = y != -100
     with autocast(x.device):
         h, targets = model.features(x, only=counted), y[counted]  # (n, C), (n,)
-        if CHUNKS and len(targets) * len(W) > 2 ** 24:  # the logits would be most of the memory
-            dtype = getattr(torch, precision(x.device))
-            return F.linear_cross_entropy(h.to(dtype), W.to(dtype), targets, options=CHUNKS).float()
-        return F.cross_entropy(model.lm_head(h).float(), targets)
+        most = max(1, MOST_LOGITS // model.lm_head.out_features)
+        if len(targets) <= most:
+            return mean_loss(h, targets)
+        # a part of the logits at a time, computed once more in the backward pass
+        return sum(checkpoint(mean_loss, *part, use_reentrant=False) * len(part[1])
+                   for part in zip(h.split(most), targets.split(most))) / len(targets)
 
 
 def backward(model, x, y, penalty, parts=1):
-    """Set the gradients of loss + penalty on a batch x, y (B, T); returns its value, a tensor.
+    """Set the gradients of loss + penalty() on a batch x, y (B, T); returns the sum, a tensor.
 
     Each process takes its share of the rows, in `parts` smaller batches that need less memory.
     """
-    targets, total, count = (y != -100).sum(), 0, parts * rank_and_world()[1]
-    if len(x) < count:
-        raise ValueError(f"a batch of {len(x)} rows cannot be split into {count} parts")
+    n_targets, total, n_parts = (y != -100).sum(), 0, parts * rank_and_world()[1]
+    if len(x) < n_parts:
+        raise ValueError(f"a batch of {len(x)} rows cannot be split into {n_parts} parts")
     x, y = shard(x), shard(y)
     for i in range(parts):
-        share = (y[i::parts] != -100).sum() / targets
-        loss = loss_of(model, x[i::parts], y[i::parts]) * share + penalty() / count
+        share = (y[i::parts] != -100).sum() / n_targets
+        loss = loss_of(model, x[i::parts], y[i::parts]) * share + penalty() / n_parts
         loss.backward()
         total = total + loss.detach()
     all_reduce_sum([total, *(p.grad for p in model.parameters() if p.grad is not None)])
@@ -97,9 +101,9 @@ def backward(model, x, y, penalty, parts=1):
 
 
 def training_loop(model, optimizers, batch, settings, partial, shape="cosine", warmup=0.03,
-                  clip=1.0, penalty=lambda step: 0, parts=1):
-    """Run settings["steps"] steps on batch(step) -> (x, y), each (B, T) on the CPU; returns each
-    step's loss in nats, with penalty(step) added.
+                  penalty=lambda step: 0, parts=1):
+    """Run settings["steps"] steps, a share `warmup` of them warm-up, on batch(step) -> (x, y), each
+    (B, T) on the CPU; returns each step's loss in nats, with penalty(step) added.
 
     Batches depend on the step alone, so an interrupted run continues exactly from the file
     `partial`, saved every SAVE_EVERY seconds (on a GPU up to rounding: attention varies there).
@@ -107,7 +111,7 @@ def training_loop(model, optimizers, batch, settings, partial, shape="cosine", w
     device, steps = next(model.parameters()).device, settings["steps"]
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
-    losses = load_resume_state(partial, settings, trained, optimizers)  # restores lower rates too
+    losses = load_resume_state(partial, settings, trained, optimizers)  # overwrites lr
     progress, saved = Progress("training", steps), time.time()
     progress(len(losses))
     with tf32(device):
@@ -119,7 +123,7 @@ def training_loop(model, optimizers, batch, settings, partial, shape="cosine", w
             x, y = (t.to(device) for t in batch(step))
             model.zero_grad(set_to_none=True)
             loss = backward(model, x, y, lambda: penalty(step), parts)
-            norm = torch.nn.utils.clip_grad_norm_(trained.values(), clip)
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), 1.0)
             losses.append(loss.item())
             if not math.isfinite(losses[-1] + norm.item()):
                 raise ValueError(f"loss or gradient is not finite at step {step + 1}; try a "
@@ -153,7 +157,7 @@ def pretrain(args):
                   n_embd=args.width)
     if args.encoding != "bytes":
         config |= dict(vocab_size=encoding.n_vocab, encoding=args.encoding)
-    GPTConfig(**config)  # refuses what does not fit before any work
+    GPTConfig(**config)  # ValueError for bad options before any work
     settings = dict(config=config, precision=precision(device), text=text.fingerprint(),
                     steps=args.steps, batch=args.batch, lr=args.lr, muon_lr=args.muon_lr,
                     seed=args.seed)
@@ -177,7 +181,7 @@ def pretrain(args):
 
 
 def maybe_compile(model, wanted):
-    """The model, its blocks compiled for batches of any length if that is wanted."""
+    """Compile the model's blocks for batches of any length, if `wanted`; returns the model."""
     for block in model.get_submodule(model.block_prefix[:-1]) if wanted else ():
         block.compile(dynamic=True)
     return model
@@ -188,7 +192,7 @@ def maybe_compile(model, wanted):
 
 def adapt(args, methods=METHODS, loop=training_loop):
     """Teach the foundation a task by a method, a row of METHODS in extras/baselines.py, unless this
-    run's adapter.pt is up to date; returns its path. `loop` does what training_loop does."""
+    run's adapter.pt is up to date; returns its path. The tests pass another `loop`."""
     set_precision(args.precision)
     # Load the task, the foundation, and what calibrate.py measured (the README's step 1).
     device, method = pick_device(), methods[args.method]
@@ -206,11 +210,11 @@ def adapt(args, methods=METHODS, loop=training_loop):
     def build():
         print(f"adapt: {args.task} with {args.method}, rank {args.rank}, rate {args.lr:g}, "
               f"{args.steps} steps on {describe_machine(device)}")
-        # Steps 3 and 4, for each layer: its directions, its start, and the basis of its steps.
+        # Steps 2 to 4, for each layer: its directions, its start, and the basis of its steps.
         maybe_compile(model, args.compile)
         if method.start:
             layers = add_lora(model, args.rank, args.scale)
-        else:  # full weights; with SAdam the blocks' matrices alone, since they have a basis
+        else:  # full weights; SAdam trains only the blocks' matrices, which have a basis
             layers = block_linears(model.requires_grad_(method.steps is None))
         spectral, progress = {}, Progress("solving layers", len(layers))
         generator = torch.Generator().manual_seed(args.seed)
@@ -218,13 +222,13 @@ def adapt(args, methods=METHODS, loop=training_loop):
             moments = calibration and calibration["layers"][name]
             spectral |= start_layer(name, layers[name], method, moments, args, generator)
             progress(number)
-        # Step 5: SAdam: Adam in each layer's basis, gated; AdamW for B and what else has no basis.
+        # Step 5, SAdam: gated Adam in each layer's basis; AdamW for B and all else without one.
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = method.optimizer(trained, spectral, lr=args.lr,
                                      basis_dtype=getattr(torch, args.basis_dtype))
         optimizer.strength = args.pull * args.rank / 32  # read by PullBack alone
         added = added_loss(method, model, layers, calibration, args)
-        spectral.clear(), (calibration or {}).clear()  # to free memory: both are done with
+        spectral.clear(), (calibration or {}).clear()  # frees memory: neither is read again
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),
                       penalty=added, parts=args.accumulate)
         return {"changed": adapter_state_dict(model), "losses": losses}
@@ -235,19 +239,19 @@ def adapt(args, methods=METHODS, loop=training_loop):
 
 @functools.lru_cache(maxsize=1)
 def solve_once(C_pre, C_task, tau, device):
-    """`solve_layer`; layers that read the same input share its moments (one tensor: tensors hash by
-    identity), and so one basis."""
+    """`solve_layer`; consecutive layers that read the same input share its moments (one tensor:
+    tensors hash by identity), and so one basis."""
     return solve_layer(C_pre.to(device), C_task.to(device), tau)
 
 
 def start_layer(name, layer, method, moments, args, generator):
     """Solve one layer's eigenproblem, set its start, and return {parameter: (basis, gate)} for the
     parameter whose steps are taken in that basis; {} where a method steps with plain Adam."""
-    W0, m = layer.weight, {}
+    W0, solved = layer.weight, {}
     if method.needs_moments:
-        m = solve_once(moments["C_pre"], moments["C_task"], args.tau, W0.device)
+        solved = solve_once(moments["C_pre"], moments["C_task"], args.tau, W0.device)
     if method.start:
-        A0, B0 = method.start(W0, r=args.rank, scale=args.scale, generator=generator, **m)
+        A0, B0 = method.start(W0, r=args.rank, scale=args.scale, generator=generator, **solved)
         layer.init_from(A0, B0)
         trained = layer.lora_A.requires_grad_(method.train_A)
     else:
@@ -255,10 +259,10 @@ def start_layer(name, layer, method, moments, args, generator):
     if method.protected:
         U, V = method.protected(W0)
         if U.shape[1] >= min(W0.shape):
-            raise ValueError(f"{args.method} protects {U.shape[1]} directions of {name}, all that "
-                             f"its {tuple(W0.shape)} have; use a wider foundation")
+            raise ValueError(f"{args.method} protects {U.shape[1]} directions of {name}, as many "
+                             f"as its {tuple(W0.shape)} has; use a wider foundation")
         protect(layer, U, V)
-    return {trained: method.steps(m, args.lam, args.s_min)} if method.steps else {}
+    return {trained: method.steps(solved, args.lam, args.s_min)} if method.steps else {}
 
 
 def adapter_state_dict(model):

@@ -17,7 +17,7 @@ class GroupedSAdam(SAdam):
         """`update` of all these parameters at once."""
         bases = [self.spectral.get(p, (None, None)) for p in params]
         gs = [p.grad if V is None else p.grad @ V.to(p) for p, (V, _) in zip(params, bases)]
-        states = [self.counted(p, g) for p, g in zip(params, gs)]
+        states = [self.next_state(p, g) for p, g in zip(params, gs)]
         ms, vs = ([state[key] for state in states] for key in ("exp_avg", "exp_avg_sq"))
         torch._foreach_lerp_(ms, gs, 1 - betas[0])
         torch._foreach_lerp_(vs, torch._foreach_mul(gs, gs), 1 - betas[1])

@@ -60,51 +60,36 @@ def table(title, found, against=None):
 
 def over_tasks(stored):
     """{arm: {"kept": mean over the tasks, per foundation}} of the arms that reach all targets."""
-    tasks = [task["arms"] for task in stored.values()]
+    tasks = [content["arms"] for content in stored.values()]
     columns = {arm: list(zip(*(arms[arm]["kept"] for arms in tasks)))
                for arm in tasks[0] if all(arm in arms for arms in tasks)}
     return {arm: {"kept": [stats.mean(column) for column in kept]}
             for arm, kept in columns.items() if not any(None in column for column in kept)}
 
 
-def mean_table(stored, against=None):
-    """The table of means over several tasks; "" where there is one task, or no such arm."""
-    means = over_tasks(stored) if len(stored) > 1 else {}
-    title = f"mean over {', '.join(stored)}, of the arms that reach all targets"
-    return table(title, means, against) if means else ""
-
-
-def joined(reports):
-    """{task: {"target": …, "arms": …}} of several results.json, each of other foundations: the arms
-    that all of them have. ValueError if a foundation is in two."""
-    seeds = [seed for report in reports for seed in report["foundations"]]
-    if len(set(seeds)) < len(seeds):
-        raise ValueError(f"the reports are of foundations {seeds}; each must be in one of them")
-    first, *others = (report["tasks"] for report in reports)
-    found = {}
-    for task, content in first.items():
-        parts = [content["arms"], *(other.get(task, {"arms": {}})["arms"] for other in others)]
-        found[task] = {"target": content["target"], "arms": {
-            arm: {name: [v for part in parts for v in part[arm][name]] for name in MEASURES}
-            for arm in parts[0] if all(arm in part for part in parts)}}
-    return found
-
-
-def join(args):
-    """Print the tables of several reports' foundations together."""
-    reports = []
-    for file in args.files:
-        with friendly_errors(file, "give a results.json that study report wrote"):
-            reports.append(json.loads(pathlib.Path(file).read_text()))
-            joined(reports[-1:])  # whatever is wrong with it is said of this file
-    stored = joined(reports)
-    stored = {task: content for task, content in stored.items() if content["arms"]}
-    if not stored:
-        raise ValueError("these reports have no task and arm in common")
+def tables(stored, against=None):
+    """Markdown of {task: {"target": …, "arms": {arm: values}, perhaps "correlations", "runs"}}: a
+    table per task and group of arms, and one of the means over several tasks."""
+    texts = []
     for task, content in stored.items():
-        title = f"{task}, at {content['target']} % right on the task"
-        print(f"{table(title, content['arms'], args.against)}\n")
-    print(mean_table(stored, args.against))
+        found, shown = content["arms"], set()
+        for group, arms in GROUPS.items():
+            rows = {arm.name: found[arm.name] for arm in arms if arm.name in found}
+            if rows.keys() - shown:  # a group with nothing new is left out
+                title = f"{task}, {group}, at {content['target']} % right on the task"
+                texts.append(table(title, rows, against))
+                shown |= rows.keys()
+        if "correlations" in content:
+            title = f"{task}, rank correlation with what is kept, {content['runs']} runs"
+            texts.append(f"{title}\n\n" + markdown(
+                ["measure of ΔW", "alone", "given the target score"],
+                [[key, *("-" if v is None else f"{v:.2f}" for v in pair)]
+                 for key, pair in content["correlations"].items()]))
+    means = over_tasks(stored) if len(stored) > 1 else {}
+    if means:
+        title = f"mean over {', '.join(stored)}, of the arms that reach all targets"
+        texts.append(table(title, means, against))
+    return "\n\n".join(texts)
 
 
 def correlations(study, task):
@@ -118,32 +103,20 @@ def correlations(study, task):
             for key, measure in found.items()}, len(runs)
 
 
-def of_task(study, task, against=None):
-    """(markdown of its tables, their values for JSON)."""
+def collected(study, task):
+    """The values of the arms whose curves are finished, as `tables` takes them."""
     found = {arm: values(study, task, arm) for arm in study.arms}
-    found = {arm: measures for arm, measures in found.items() if measures}
-    texts, main = [], {arm.name for arm in GROUPS["methods"]}
-    for group, arms in GROUPS.items():
-        rows = {arm.name: found[arm.name] for arm in arms if arm.name in found}
-        if rows.keys() - (main if group != "methods" else ()):
-            title = f"{task}, {group}, at {TARGET[task]} % right on the task"
-            texts.append(table(title, rows, against))
     related, runs = correlations(study, task)
-    texts.append(f"{task}, rank correlation with what is kept, {runs} runs\n\n" + markdown(
-        ["measure of ΔW", "alone", "given the target score"],
-        [[key, *("-" if v is None else f"{v:.2f}" for v in pair)]
-         for key, pair in related.items()]))
-    return "\n\n".join(texts), {"target": TARGET[task], "arms": found, "runs": runs,
-                                "correlations": related}
+    return {"target": TARGET[task], "arms": {arm: v for arm, v in found.items() if v},
+            "runs": runs, "correlations": related}
 
 
 def report(args):
     """Print the finished arms; write out/results.md, their values to out/results.json, and the
     pictures to the folder args.assets, if given."""
     study, out = Study(args), pathlib.Path(args.out)
-    texts, found = zip(*(of_task(study, task, args.against) for task in study.tasks))
-    stored = dict(zip(study.tasks, found))
-    text = "\n\n".join(filter(None, [*texts, mean_table(stored, args.against)]))
+    stored = {task: collected(study, task) for task in study.tasks}
+    text = tables(stored, args.against)
     atomic_write(out / "results.md", lambda f: f.write(f"{text}\n".encode()))
     write_json(out / "results.json", {"foundations": study.foundations, "seeds": study.seeds,
                                       "tasks": stored})
@@ -151,3 +124,35 @@ def report(args):
     if args.assets:
         from study import plots  # needs matplotlib
         plots.write(study, stored, pathlib.Path(args.assets))
+
+
+# ------------------------------------------------------------------------------------------------
+# Several reports together
+
+def joined(reports):
+    """{task: {"target": …, "arms": …}} of several results.json, each of other foundations: tasks
+    and arms that all of them have. ValueError if a foundation is in two."""
+    seeds = [seed for report in reports for seed in report["foundations"]]
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"the reports are of foundations {seeds}; each must be in one of them")
+    found = {}
+    for task, content in reports[0]["tasks"].items():
+        parts = [report["tasks"].get(task, {"arms": {}})["arms"] for report in reports]
+        arms = {arm: {name: [v for part in parts for v in part[arm][name]] for name in MEASURES}
+                for arm in parts[0] if all(arm in part for part in parts)}
+        if arms:
+            found[task] = {"target": content["target"], "arms": arms}
+    return found
+
+
+def join(args):
+    """Print the tables of several reports' foundations together."""
+    reports = []
+    for file in args.files:
+        with friendly_errors(file, "give a results.json that study report wrote"):
+            reports.append(json.loads(pathlib.Path(file).read_text()))
+            joined(reports[-1:])  # whatever is wrong with it is said of this file
+    stored = joined(reports)
+    if not stored:
+        raise ValueError("these reports have no task and arm in common")
+    print(tables(stored, args.against))

@@ -81,13 +81,14 @@ def test_seeds_are_averaged_within_a_foundation_first():
 def test_an_arm_is_reported_when_all_its_curves_are_finished():
     study = imagined(unfinished=[("lora r8", 2, 1)])
     assert report.values(study, "code", "lora r8") == {}
-    text, stored = report.of_task(study, "code")
-    assert "| lora r8 " not in text and list(stored["arms"]) == ["folora r32"]
+    stored = {"code": report.collected(study, "code")}
+    assert list(stored["code"]["arms"]) == ["folora r32"]
+    assert "| lora r8 " not in report.tables(stored)
 
 
 def test_the_table_by_hand():
     """91, 81, 71: 81 ± 4.303 · 10/√3. lora's pairs differ by -40.5 and -35.5: t = 15.2, df 1."""
-    lines = report.of_task(imagined(), "code")[0].splitlines()
+    lines = report.tables({"code": report.collected(imagined(), "code")}).splitlines()
     first, second = (line.split(" | ") for line in lines[4:6])
     assert [cell.strip() for cell in first[1:3]] == ["91 / 81 / 71", "81.0 ±24.8 (3)"]
     assert "- / 40 / 36" in second[1] and second[2].strip() == "38.0 ±31.8 (2 of 3)"
@@ -128,7 +129,7 @@ def test_reports_of_other_foundations_are_joined(tmp_path, capsys):
     study.main(["join", *map(str, paths), "--against", "lora r32"])
     lines = capsys.readouterr().out.splitlines()
     assert "| 70 / 71 / 72 / 84 / 85 |" in lines[4] and "76.4 ±9.2 (5)" in lines[4]
-    assert "+20.0 (p < 0.001)" in lines[4] and "lora r32" in lines[5] and "lora r8" not in lines[6]
+    assert "+20.0 (p < 0.001)" in lines[4] and "lora r32" in lines[5] and not lines[6:]
     with pytest.raises(ValueError, match=r"foundations \[0, 1, 2, 0, 1, 2\]; each"):
         study.main(["join", str(paths[0]), str(paths[0])])
     paths[1].write_text('{"foundations": [7], "tasks": {"math": {"target": 70, "arms": {}}}}')
