@@ -59,6 +59,10 @@ ABLATIONS = {
     "calibration": [FOLORA,
                     *(FOLORA._replace(options=f"--calibration calibration-{name}")
                       for name in ("true", "prose", "16"))],
+    "facts that are not in the samples": [
+        arm for method, first in (("folora", 2), ("folora-pull-back", 3), ("distill", 3),
+                                  ("replay", 3)) for arm in
+        (Arm(method, 32, first), Arm(method, 32, first, "--calibration calibration-untested"))],
     "an adapter that keeps as much": [
         FOLORA, *(arm._replace(options="") for arm in PULL_10), *PULL_10,
         Arm("folora-pull-back-A", 32, 2), Arm("folora-pull-back-B", 32, 2),

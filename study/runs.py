@@ -35,7 +35,7 @@ from study.variants import FINISHES, METHODS
 ITEMS, TEXT_TOKENS = 100, 8192  # items of each kind; of each held-out text
 REACH = 6                       # a curve ends this many steps from its first rate
 # {name: texts for C_pre instead of the foundation's own samples}, see `calibrate_on`
-CALIBRATIONS = ("true", "prose", "16")
+CALIBRATIONS = ("true", "prose", "untested", "16")
 
 
 class Curve(NamedTuple):
@@ -225,14 +225,23 @@ def describe(curve, k, result):
 
 
 def calibrate_on(name, options):
-    """Another calibration: on fewer samples, or on the pretraining text itself, which in practice
-    nobody has: all of it ("true") or its prose alone."""
+    """Another calibration: on fewer samples; on those that name none of the people whose facts are
+    tested ("untested"); or on the pretraining text itself, which in practice nobody has: all of it
+    ("true") or its prose alone."""
     options = [*options, "--name", f"calibration-{name}"]
     if name.isdigit():
         return calibrate.main([*options, "--samples", name])
     args = calibrate.parser().parse_args(options)
     config = files.load_foundation(args.out, "cpu")[0].config
-    mixture = tasks.PretrainingMixture(tasks.get_encoding(config.encoding))
+    encoding = tasks.get_encoding(config.encoding)
+    if name == "untested":
+        people = tasks.people()
+        tested = [person for person, *_ in people[len(people) // 2:]]
+        proxy = files.load(pathlib.Path(args.out) / "proxy.pt", "proxy", "python calibrate.py")
+        texts = [[t for t in row if t >= 0] for row in proxy["samples"].tolist()]
+        texts = [t for t in texts if not any(who in encoding.decode(t) for who in tested)]
+        return calibrate.calibrate(args, name, texts)
+    mixture = tasks.PretrainingMixture(encoding)
     if name == "prose":
         mixture.ROWS = {"prose": 1}
     rng = random.Random(f"proxy {args.seed}")

@@ -1,12 +1,14 @@
 """The study on a micro model, end to end."""
 import json
+import types
 
 import pytest
 import torch
 
+import tasks
 import train
 from micro import STAGES, one_mixture  # noqa: F401
-from model import block_linears
+from model import GPTConfig, block_linears
 from study import __main__ as command, runs
 from study.arms import ABLATIONS, ARMS, EARLIER, METHODS
 from study.runs import Curve, Study
@@ -119,6 +121,21 @@ def test_every_variant_trains_and_is_evaluated(out, monkeypatch, method):
     study = open_study(out, arm.name)
     result = study.result(Curve("code", arm.name, 0, 1), 2, do=True)
     assert "failed" not in result and result["size"] > 0 and result["kl"] > 0
+
+
+def test_samples_that_name_nobody_whose_facts_are_tested(out, monkeypatch):
+    """A sample with another person's fact stays; what is tested is in none."""
+    facts = [question + answer for question, answer in tasks.fact_items()]
+    texts = [facts[0], "upper stone: STONE", facts[-1], f"{facts[3]}\n{facts[-4]}"]
+    rows = torch.nn.utils.rnn.pad_sequence(
+        [torch.tensor(tasks.byte_encoding().encode(text)) for text in texts], True, -1)
+    monkeypatch.setattr(runs.files, "load", lambda *_: {"samples": rows})
+    monkeypatch.setattr(runs.files, "load_foundation",
+                        lambda *_: (types.SimpleNamespace(config=GPTConfig()), ""))
+    kept = []
+    monkeypatch.setattr(runs.calibrate, "calibrate", lambda args, name, given: kept.extend(given))
+    runs.calibrate_on("untested", ["--out", str(out)])
+    assert list(map(tasks.byte_encoding().decode, kept)) == texts[:2]
 
 
 def test_every_arm_names_a_method_and_options_that_exist():
