@@ -34,9 +34,9 @@ METHODS = [
     *PULL_10, Arm("full", 0, -3), Arm("replay", 32, 3), Arm("l2-sp", 32, 3), Arm("distill", 32, 3),
     Arm("lora-null", 32, 2), Arm("corda", 32, 1), Arm("folora-leading", 32, 2),
     Arm("folora", 64, 0), Arm("lora", 64, 1), Arm("replay", 32, 3, "--rehearsal 4"),
-    Arm("ewc", 32, 3), Arm("ewc", 32, 3, "--mu 20"), Arm("l2-sp", 32, 3, "--mu 20"),
-    Arm("wise-ft-0.5", 32, 4), Arm("distill", 8, 6), Arm("distill", 64, 1), Arm("lora-kl", 8, 6),
-    Arm("replay", 8, 6)]
+    Arm("replay", 32, 3, "--rehearsal 0.25"), Arm("ewc", 32, 3), Arm("ewc", 32, 3, "--mu 20"),
+    Arm("l2-sp", 32, 3, "--mu 20"), Arm("wise-ft-0.5", 32, 4), Arm("distill", 8, 6),
+    Arm("distill", 64, 1), Arm("lora-kl", 8, 6), Arm("replay", 8, 6)]
 QUICK = ("lora r8", "folora r8", "folora r32", "replay r8")
 ABLATIONS = {
     "coordinates and gate": [
