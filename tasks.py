@@ -12,6 +12,7 @@ template that the foundation has never seen, as in real fine-tuning. Nothing her
     instruct    Write stone backwards and end with a dot. -> enots.
 """
 import ast
+import contextlib
 import functools
 import hashlib
 import operator
@@ -47,23 +48,15 @@ OPERATIONS = {"add {}": "{} + {}", "subtract {}": "{} - {}", "multiply by {}": "
 ARITHMETIC = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
-@functools.cache
-def byte_encoding():
-    """GPT-2's tokenizer interface over plain bytes: tokens 0..255; 256 is <|endoftext|>."""
-    return tiktoken.Encoding("bytes", pat_str=r"[\s\S]", special_tokens={EOT: 256},
-                             mergeable_ranks={bytes([i]): i for i in range(256)})
+# {name: encoding}: plain bytes, 256 being <|endoftext|>, and tokenizers that foundations hold
+ENCODINGS = {"bytes": tiktoken.Encoding("bytes", pat_str=r"[\s\S]", special_tokens={EOT: 256},
+                                        mergeable_ranks={bytes([i]): i for i in range(256)})}
 
 
-ENCODINGS = {}  # {name: encoding} of foundations that hold their own tokenizer, once loaded
-
-
-@functools.cache
 def get_encoding(name):
-    """The encoding "bytes", one of ENCODINGS, or tiktoken's "gpt2", which is downloaded once."""
-    if name in ENCODINGS:
-        return ENCODINGS[name]
+    """One of ENCODINGS, or tiktoken's "gpt2", which is downloaded once."""
     try:
-        return byte_encoding() if name == "bytes" else tiktoken.get_encoding(name)
+        return ENCODINGS.get(name) or tiktoken.get_encoding(name)
     except Exception as error:  # tiktoken passes on whatever its download raises
         raise ValueError(f"the vocabulary of {name} is not cached and cannot be downloaded "
                          f"({type(error).__name__}); run once with a network, or let "
@@ -72,10 +65,7 @@ def get_encoding(name):
 
 def fingerprint(texts):
     """A short SHA-256 of an iterable of texts; results record which text they were made with."""
-    digest = hashlib.sha256()
-    for i, text in enumerate(texts):
-        digest.update(f"\0{text}".encode() if i else text.encode())
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -84,42 +74,38 @@ def fingerprint(texts):
 @functools.cache
 def library_text(kind):
     """(training text, held-out tenth) of "prose" or "source"; they differ by Python version."""
-    stdlib = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    if kind == "prose":
-        try:
-            from pydoc_data.topics import topics
-        except ImportError:  # a minimal Python
-            topics = {}
-        parts = [text for _, text in sorted(topics.items())]
-    else:
-        parts = [f.read_text("utf8", "replace") for f in sorted(stdlib.glob("*.py"))]
+    stdlib, topics = pathlib.Path(sysconfig.get_paths()["stdlib"]), {}
+    with contextlib.suppress(ImportError):  # a minimal Python
+        from pydoc_data.topics import topics
+    parts = ([text for _, text in sorted(topics.items())] if kind == "prose" else
+             [f.read_text("utf8", "replace") for f in sorted(stdlib.glob("*.py"))])
     if sum(map(len, parts)) < 200_000:
         raise ValueError(f"this Python ships no {kind} to learn from (pydoc_data.topics, {stdlib}"
                          "/*.py); use a full CPython, for example from python.org or a package "
                          "manager")
     paragraphs = "\n\n".join(parts).split("\n\n")
     held_out = [p for i, p in enumerate(paragraphs) if i // 10 % 10 == 0]
-    duplicates = set(held_out)  # the library repeats paragraphs: keep held-out ones out of training
-    train = [p for i, p in enumerate(paragraphs) if i // 10 % 10 and p not in duplicates]
+    unseen = set(held_out)  # the library repeats paragraphs
+    train = [p for p in paragraphs if p not in unseen]
     return "\n\n".join(train), "\n\n".join(held_out)
 
 
-@functools.cache
-def people(count=64, seed=0):
-    """Invented people: [(name, city, job, birth year)]; names are unique."""
-    rng = random.Random(f"people {seed}")
+def people():
+    """64 invented people: [(name, city, job, birth year)]; names are unique."""
+    rng = random.Random("people 0")
     syllables = [c + v for c in "bdfgklmnprstvz" for v in "aeiou"]
     names = set()
-    while len(names) < count:
+    while len(names) < 64:
         names.add(" ".join("".join(rng.choices(syllables, k=2)).capitalize() + rng.choice("nrlsx")
                            for _ in range(2)))
     return [(name, rng.choice(CITIES), rng.choice(JOBS), rng.randrange(1900, 2000))
             for name in sorted(names)]
 
 
-def fact_items(count=64, seed=0):
+@functools.cache
+def fact_items():
     """Three closed-book (question, answer) pairs per person: only memory can answer them."""
-    return [pair for name, city, job, year in people(count, seed) for pair in (
+    return [pair for name, city, job, year in people() for pair in (
         (QUESTION.format(f"Where does {name} live?"), city),
         (QUESTION.format(f"What is the job of {name}?"), job),
         (QUESTION.format(f"When was {name} born?"), str(year)))]
@@ -167,7 +153,6 @@ class PretrainingMixture:
 
     def __init__(self, encoding):
         self.encode, self.eot = encoding.encode_ordinary, encoding.eot_token
-        self.facts = fact_items()
 
     @functools.cached_property
     def chunks(self):
@@ -189,7 +174,7 @@ class PretrainingMixture:
     def short_document(self, rng, kind):
         """One fact, or a few lines of one skill."""
         if kind == "facts":
-            return "".join(rng.choice(self.facts)) + "\n"
+            return "".join(rng.choice(fact_items())) + "\n"
         lines = 3 if kind == "lookup" else 5
         return "".join("".join(SKILLS[kind](rng)) + "\n" for _ in range(lines))
 
@@ -197,7 +182,7 @@ class PretrainingMixture:
         """Changes with the text: another Python version, or an edit of this file."""
         short = [self.short_document(random.Random(i), kind)
                  for kind in self.DOCUMENTS for i in range(200)]
-        return fingerprint([*short, repr((self.facts, self.ROWS, self.DOCUMENTS)),
+        return fingerprint([*short, repr((fact_items(), self.ROWS, self.DOCUMENTS)),
                             *(library_text(kind)[0] for kind in LIBRARY)])
 
 
@@ -239,11 +224,10 @@ def math_item(rng):
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     a, b, c, more = rng.randint(2, 4), rng.randint(2, 5), rng.randint(1, 6), rng.random() < 0.5
     if rng.random() < 0.6:
-        first, story = f"{a} * {b}", f"{name} has {a} boxes of {b} {thing}s"
+        total, first, story = a * b, f"{a} * {b}", f"{name} has {a} boxes of {b} {thing}s"
     else:
         a, b = rng.randint(2, 14), rng.randint(1, 6)
-        first, story = f"{a} + {b}", f"{name} has {a} {thing}s, buys {b}"
-    total = run_arithmetic(first)
+        total, first, story = a + b, f"{a} + {b}", f"{name} has {a} {thing}s, buys {b}"
     c = min(c, total)
     then, event = (f"{total} + {c}", f"gets {c} more") if more else (f"{total} - {c}", f"loses {c}")
     result = run_arithmetic(then)
@@ -356,9 +340,8 @@ def task_items(task, split, count, seed=0):
 def kept_items(kind, split, count=200):
     """Items of one kind of knowledge; "valid" and "test" use different people, or other seeds."""
     if kind == "facts":
-        facts = fact_items()
-        half = len(facts) // 2
-        return [exact(*fact) for fact in (facts[:half] if split == "valid" else facts[half:])]
+        facts = [exact(*fact) for fact in fact_items()]
+        return facts[:len(facts) // 2] if split == "valid" else facts[len(facts) // 2:]
     rng = random.Random(f"{kind} {split}")
     return [exact(*SKILLS[kind](rng)) for _ in range(count)]
 

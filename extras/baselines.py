@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import tasks
 from extras.grouped import GroupedSAdam
 from extras.machine import autocast
-from folora import null_space_start, projection_start, spectral_gate
+from folora import damped, null_space_start, projection_start, spectral_gate
 from model import LoRALinear
 
 
@@ -26,9 +26,10 @@ def kaiming_start(W0, r, generator=None, **_):
     return A, W0.new_zeros(d_out, r)
 
 
-def svd(W):
-    """(U, S descending, Vᵀ) of W, in float64."""
-    return torch.linalg.svd(W.double(), full_matrices=False)
+def svd(W, chosen=slice(None)):
+    """(U, S descending, Vᵀ) of W, in float64: all its components, or those chosen."""
+    U, S, Vh = torch.linalg.svd(W.double(), full_matrices=False)
+    return U[:, chosen], S[chosen], Vh[chosen]
 
 
 def even_split(W0, U, S, Vh, scale):
@@ -38,31 +39,26 @@ def even_split(W0, U, S, Vh, scale):
 
 def leading_start(W0, basis, r, scale=1.0, **_):
     """Ours: the span of the r generalized eigenvectors of highest γ, most utility per penalty."""
-    U, _ = torch.linalg.qr(basis[:, :r].double())
-    return projection_start(W0, U, scale)
+    return projection_start(W0, torch.linalg.qr(basis[:, :r]).Q, scale)
 
 
 def pissa_start(W0, r, scale=1.0, **_):
     """PiSSA (arXiv 2404.02948): κB0A0 = the r largest singular components of W0."""
-    U, S, Vh = svd(W0)
-    return even_split(W0, U[:, :r], S[:r], Vh[:r], scale)
+    return even_split(W0, *svd(W0, slice(r)), scale)
 
 
 def milora_start(W0, r, scale=1.0, **_):
     """MiLoRA (arXiv 2406.09044): κB0A0 = the r smallest singular components of W0."""
-    U, S, Vh = svd(W0)
-    return even_split(W0, U[:, -r:], S[-r:], Vh[-r:], scale)
+    return even_split(W0, *svd(W0, slice(-r, None)), scale)
 
 
 def corda_start(W0, C_pre, r, scale=1.0, damping=0.01, **_):
     """CorDA, knowledge-preserved (arXiv 2406.05223): κB0A0 = the r smallest components of W0 C,
     times C⁻¹, with C = C_pre + damping · mean diag(C_pre) · I. The unit of C_pre decides how B0 and
     A0 share them."""
-    C_pre = C_pre.double()
-    C = C_pre + damping * C_pre.diagonal().mean() * torch.eye(len(C_pre)).to(C_pre)
-    U, S, Vh = svd(W0.double() @ C)
-    Vh_C_inverse = torch.linalg.solve(C, Vh[-r:].T).T  # C is symmetric
-    return even_split(W0, U[:, -r:], S[-r:], Vh_C_inverse, scale)
+    C = damped(C_pre, damping * C_pre.diagonal().mean())
+    U, S, Vh = svd(W0.double() @ C, slice(-r, None))
+    return even_split(W0, U, S, torch.linalg.solve(C, Vh.T).T, scale)  # C is symmetric
 
 
 def lora_null_start(W0, C_pre, r, scale=1.0, **_):
@@ -77,16 +73,15 @@ def sc_lora_start(W0, C_pre, C_task, r, scale=1.0, beta=0.5, **_):
     """SC-LoRA (arXiv 2505.23724): B0 = Q/κ, A0 = QᵀW0, Q the r leading eigenvectors of the outputs'
     (1 - β) S_task - β S_pre, where outputs W0 x have the second moment S = W0 C W0ᵀ."""
     W = W0.double()
-    _, Q = torch.linalg.eigh(W @ ((1 - beta) * C_task - beta * C_pre).double() @ W.T)  # ascending
-    Q = Q[:, -r:]
+    Q = torch.linalg.eigh(W @ ((1 - beta) * C_task - beta * C_pre) @ W.T)[1][:, -r:]  # ascending
     return (Q.T @ W).to(W0), (Q / scale).to(W0)
 
 
 def oplora_protected(W0, k=16):
     """OPLoRA (arXiv 2510.13003): (U_k (d_out, k), V_k (d_in, k)), the k leading singular vectors of
     W0, which the layer may not use."""
-    U, _, Vh = svd(W0)
-    return U[:, :k].to(W0), Vh[:k].T.to(W0)
+    U, _, Vh = svd(W0, slice(k))
+    return U.to(W0), Vh.T.to(W0)
 
 
 class ProtectedLinear(LoRALinear):
@@ -179,10 +174,9 @@ def rehearsal_term(loss, weight, samples, rows, model, base, seed):
     def term(step):
         chosen = random.Random(f"rehearse {seed} {step}").choices(samples, k=rows)
         targets = [([eot, *tokens][:most], 1) for tokens in chosen]  # every token is one
-        x, y = tasks.response_batch(targets)
-        device = model.lm_head.weight.device
-        with autocast(device):
-            return weight * loss(model, base, x.to(device), y.to(device))
+        x, y = (t.to(model.lm_head.weight.device) for t in tasks.response_batch(targets))
+        with autocast(x.device):
+            return weight * loss(model, base, x, y)
     return term
 
 

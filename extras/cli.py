@@ -20,9 +20,8 @@ def command(main):
         main()
         leave_processes()
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        out_of_memory = (isinstance(error, (MemoryError, torch.OutOfMemoryError))
-                         or "allocate memory" in str(error))
-        if isinstance(error, RuntimeError) and not out_of_memory:
+        memory = isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if isinstance(error, RuntimeError) and not memory:
             raise
         print(f"error: {' '.join(str(error).split()) or 'not enough memory'}", file=sys.stderr)
         sys.exit(2)
@@ -69,9 +68,8 @@ def add_options(p, options, positives=()):
 
 
 def add_task(p):
-    fields = "; ".join(" and ".join(pair) for pair in user_data.FIELDS.items())
-    p.add_argument("--task", default="code",
-                   help=f"one of {', '.join(tasks.MAKERS)}, or a .jsonl file of {fields}")
+    p.add_argument("--task", default="code", help=f"one of {', '.join(tasks.MAKERS)}, or a .jsonl "
+                   f"file of {user_data.ROW}")
     p.add_argument("--skip-bad", action="store_true",
                    help="leave out rows of files that are malformed or too long")
 

@@ -1,11 +1,10 @@
 """Export for transformers (merged weights) and PEFT (an adapter for the untouched foundation)."""
-import json
 import pathlib
 
 import torch
 
 import tasks
-from extras.files import atomic_write, load_adapter, load_foundation
+from extras.files import atomic_write, load_adapter, load_foundation, write_json
 from extras.gpt2 import gpt2_layout
 from extras.published import config_json
 from model import GPT, LoRALinear, block_linears
@@ -13,16 +12,14 @@ from model import GPT, LoRALinear, block_linears
 
 def export(args):
     """Write the folder args.to: the foundation, a merged model, or a PEFT adapter."""
-    path, folder = pathlib.Path(args.adapter or "."), pathlib.Path(args.to)
-    if args.adapter and args.format == "peft":
-        names = "adapter_config.json", "adapter_model.bin"
-        config, weights = peft_files(load_adapter(path, args.out, "cpu", merge=False), path)
-    else:
-        names = "config.json", "pytorch_model.bin"
-        config, weights = merged_files(load_adapter(path, args.out, "cpu") if args.adapter else
-                                       load_foundation(args.out, "cpu")[0])
+    folder, peft = pathlib.Path(args.to), args.adapter and args.format == "peft"
+    model = (load_adapter(pathlib.Path(args.adapter), args.out, "cpu", merge=not peft)
+             if args.adapter else load_foundation(args.out, "cpu")[0])
+    config, weights = peft_files(model, args.adapter) if peft else merged_files(model)
+    names = (("adapter_config.json", "adapter_model.bin") if peft else
+             ("config.json", "pytorch_model.bin"))
     atomic_write(folder / names[1], lambda f: torch.save(weights, f))
-    atomic_write(folder / names[0], lambda f: f.write(json.dumps(config, indent=2).encode()))
+    write_json(folder / names[0], config)
     print(f"{folder}: {' and '.join(names)} written")
 
 
@@ -31,8 +28,7 @@ def merged_files(model):
     c = model.config
     eot = tasks.get_encoding(c.encoding).eot_token
     if not isinstance(model, GPT):
-        weights = {name: p.detach().contiguous() for name, p in model.named_parameters()}
-        return config_json(c, eot), weights
+        return config_json(c, eot), {name: p.detach() for name, p in model.named_parameters()}
     return (dict(model_type="gpt2", architectures=["GPT2LMHeadModel"], vocab_size=c.vocab_size,
                  n_positions=c.block_size, n_ctx=c.block_size, n_embd=c.n_embd, n_layer=c.n_layer,
                  n_head=c.n_head, activation_function="gelu_new" if c.gelu == "tanh" else "gelu",
@@ -52,7 +48,7 @@ def peft_files(model, path):
         weights[f"base_model.model.{name}.lora_B.weight"] = P.detach().contiguous()
     targets = sorted({name.split(".")[-1] for name in layers})
     return (dict(peft_type="LORA", task_type="CAUSAL_LM", r=len(G), lora_alpha=len(G),
-                 base_model_name_or_path="gpt2" if isinstance(model, GPT) else None,
+                 base_model_name_or_path=None,  # not kept: whoever loads the adapter names it
                  target_modules=targets, lora_dropout=0.0, bias="none", inference_mode=True,
                  fan_in_fan_out=isinstance(model, GPT)),  # GPT-2's projections are (d_in, d_out)
             weights)

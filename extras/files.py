@@ -19,7 +19,7 @@ from extras.bpe import ByteLevelBPE
 from extras.llama import make_model
 from extras.baselines import protect
 from extras.machine import barrier, rank_and_world, release_freed_memory
-from model import add_lora, merge_lora
+from model import GPT, add_lora, merge_lora
 
 try:
     import fcntl
@@ -39,10 +39,8 @@ def fingerprint(tensors):
 @contextlib.contextmanager
 def file_lock(path, wait=True):
     """Yields True once this process alone may build `path`; without `wait`, False if another may.
-
     The lock is on a file beside `path`, so it ends with the process, however that ends. Of
-    processes that work together, rank 0 takes it.
-    """
+    processes that work together, rank 0 takes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     while fcntl and not rank_and_world()[0]:
         with open(path.with_name(f"{path.name}.lock"), "w") as lock:
@@ -82,9 +80,7 @@ def before_ctrl_c():
 
 def atomic_write(path, write):
     """Create `path` by write(file), whole or not at all: under a temporary name, then renamed.
-
-    OSError says what cannot be written and why. Of processes that work together, rank 0 writes.
-    """
+    OSError says what cannot be written and why. Of processes that work together, rank 0 writes."""
     if rank_and_world()[0]:
         return
     temporary = path.with_name(f"{path.name}.tmp")
@@ -117,10 +113,12 @@ def friendly_errors(path, advice):
 # Checkpoints
 
 def check_finite(content, name=""):
-    """ValueError names a tensor in nested dicts that is not finite."""
+    """ValueError names a tensor in nested dicts and lists that is not finite."""
     if torch.is_tensor(content) and not torch.isfinite(content).all():
         raise ValueError(f"{name} holds NaN or infinity")
-    for key, part in content.items() if isinstance(content, dict) else ():
+    parts = (content.items() if isinstance(content, dict) else
+             enumerate(content) if isinstance(content, list) else ())
+    for key, part in parts:
         check_finite(part, f"{name} {key}".strip())
 
 
@@ -146,13 +144,11 @@ def load(path, kind, made_by):
 
 def is_up_to_date(path, kind, settings):
     """Whether `path` holds a result for exactly these settings; prints it if so."""
-    try:
-        same = load(path, kind, "")["settings"] == settings
-    except ValueError:  # missing or damaged: built again
-        return False
-    if same:
-        print(f"{path} is up to date")
-    return same
+    with contextlib.suppress(ValueError, KeyError):  # missing or damaged: built again
+        if load(path, kind, "")["settings"] == settings:
+            print(f"{path} is up to date")
+            return True
+    return False
 
 
 def build_if_stale(path, kind, settings, build):
@@ -181,7 +177,7 @@ def load_resume_state(partial, settings, trained, optimizers):
     """The losses of an interrupted run of the same settings, whose state is restored; else []."""
     if not partial or not partial.exists():
         return []
-    state = load(partial, "partial", "the same command again")
+    state = load(partial, "partial", "the same command")
     with friendly_errors(partial, "delete it; the same command then starts anew"), torch.no_grad():
         if state["settings"] != settings:
             return []
@@ -194,8 +190,8 @@ def load_resume_state(partial, settings, trained, optimizers):
 
 
 def load_foundation(out, device):
-    """(GPT or Llama, fingerprint of its weights). A tokenizer that came with the weights becomes
-    one of tasks.ENCODINGS."""
+    """(GPT or Llama, fingerprint). A tokenizer that came with the weights becomes one of
+    tasks.ENCODINGS."""
     path, made_by = pathlib.Path(out) / "foundation.pt", f"python train.py pretrain --out {out}"
     saved = load(path, "foundation", made_by)
     with friendly_errors(path, f"delete it and make it again with: {made_by}"):
@@ -206,7 +202,9 @@ def load_foundation(out, device):
             tasks.ENCODINGS[name] = ByteLevelBPE(name, saved["tokenizer"])
     if tasks.get_encoding(name).n_vocab > tokens:
         raise ValueError(f"{path} has {tokens} tokens, too few for {name}")
-    return model.to(device).eval(), fingerprint(saved["model"])
+    # a Llama's context, on which calibrations depend, shows in no weight's shape
+    context = "" if isinstance(model, GPT) else f" {model.config.block_size}"
+    return model.to(device).eval(), fingerprint(saved["model"]) + context
 
 
 def load_adapter(path, out, device, merge=True):
@@ -249,18 +247,15 @@ def load_calibration(args, foundation):
 # JSON
 
 def read_cached_json(path, identity):
-    """The content of the JSON file `path` if it was made for `identity`, else None."""
-    try:
-        content = json.loads(path.read_text()) if path.is_file() else {}
+    """The content of the JSON file `path` if it can be read and is for `identity`, else None."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+        content = json.loads(path.read_text())
         return content if content["identity"] == identity else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # missing or unreadable: made again
 
 
 def cached_json(path, identity, make, wait=True):
-    """Return the content of `path` if it was made for `identity`; otherwise write make() there and
-    return that (None if `make` is None). While another process makes it, wait for it, or return
-    None without `wait`."""
+    """The content of `path` if it was made for `identity`; otherwise make(), which is written there
+    (None without `make`). While another process makes it, wait for it (None without `wait`)."""
     content = read_cached_json(path, identity)
     if not content and make:
         with file_lock(path, wait) as locked:

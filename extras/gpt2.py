@@ -24,15 +24,14 @@ def gpt2_layout(model):
 def from_gpt2(weights, n_head=None):
     """The GPT of {name: tensor} in that layout; without n_head, heads have GPT-2's 64 channels."""
     weights = {name.removeprefix("transformer."): t.float() for name, t in weights.items()
-               if not name.endswith((".attn.bias", ".attn.masked_bias"))}  # masks, not weights
+               if not name.endswith((".attn.bias", "masked_bias", "lm_head.weight"))}  # masks; tied
     if not weights.keys() >= {"wte.weight", "wpe.weight"}:
         raise ValueError("wte.weight or wpe.weight is missing: these are not GPT-2's weights")
     (vocab, C), (T, _) = weights["wte.weight"].shape, weights["wpe.weight"].shape
     n_layer = len({name.split(".")[1] for name in weights if name.startswith("h.")})
     model = GPT(GPTConfig(T, vocab, n_layer, n_head or max(1, C // 64), C, "tanh", "gpt2"))
-    weights = {f"transformer.{name}": t for name, t in weights.items() if name != "lm_head.weight"}
-    model.load_state_dict(transposed(model, weights)
-                          | {"lm_head.weight": weights["transformer.wte.weight"]})  # tied
+    named = {f"transformer.{name}": t for name, t in weights.items()}
+    model.load_state_dict(transposed(model, named) | {"lm_head.weight": weights["wte.weight"]})
     return model
 
 

@@ -9,8 +9,7 @@ class GroupedSAdam(SAdam):
     """Takes the steps of `folora.SAdam`, bit for bit, in fewer operations on a GPU."""
 
     def update_all(self, params, **options):
-        on_gpu = params and params[0].is_cuda
-        update = self.update_together if on_gpu else super().update_all
+        update = self.update_together if params and params[0].is_cuda else super().update_all
         update(params, **options)
 
     def update_together(self, params, lr, betas, eps, weight_decay):

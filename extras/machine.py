@@ -45,8 +45,7 @@ def precision(device):
 
 def autocast(device):
     """bf16 matrix products where `precision` says so; parameters and sums stay float32."""
-    enabled = precision(device) == "bfloat16"
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, torch.bfloat16, precision(device) == "bfloat16")
 
 
 @contextlib.contextmanager
@@ -79,6 +78,30 @@ def release_freed_memory():
     """Return what malloc has kept to the kernel: the next stage needs blocks of other sizes."""
     if hasattr(LIBC, "malloc_trim"):
         LIBC.malloc_trim(0)
+
+
+class Progress:
+    """How far a stage is and how long it still takes on this machine. Rewrites one line on a
+    terminal; elsewhere prints one when the first steps are timed, then one every ten seconds."""
+
+    def __init__(self, title, total, first=5):
+        self.title, self.total, self.terminal = title, total, sys.stdout.isatty()
+        self.began, self.start = time.time(), None
+        self.due = 1 if self.terminal else first  # in seconds since it began
+
+    def __call__(self, done, note=""):
+        """`done` of `total`, with a note; call it often."""
+        if self.start is None:
+            self.start = done  # a resumed stage does not begin at 0
+        finished, seconds = done >= self.total, time.time() - self.began
+        if seconds < (2 if finished else self.due) or done == self.start:
+            return
+        left = seconds / (done - self.start) * (self.total - done)
+        text = f"  {self.title} {done / self.total:4.0%}  {note}  " + (
+            f"{seconds:.0f} s" if finished else f"{left:.0f} s left of {seconds + left:.0f} s")
+        print(f"\r\033[K{text}" if self.terminal else text,
+              end="" if self.terminal and not finished else "\n", flush=True)
+        self.due = seconds + (0.5 if self.terminal else 10)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -127,37 +150,7 @@ def all_reduce_sum(tensors):
 
 def all_gather(rows):
     """The lists of all processes, joined."""
-    if not dist.is_initialized():
-        return rows
-    lists = [None] * dist.get_world_size()
-    dist.all_gather_object(lists, rows)
+    lists = [rows] * rank_and_world()[1]
+    if dist.is_initialized():
+        dist.all_gather_object(lists, rows)
     return sum(lists, [])
-
-
-# ------------------------------------------------------------------------------------------------
-
-class Progress:
-    """How far a stage is and how long it still takes on this machine. Rewrites one line on a
-    terminal; elsewhere a plain line when the first steps are timed, then one every `every`
-    seconds."""
-
-    def __init__(self, title, total, first=5, every=10):
-        self.title, self.total, self.every = title, total, every
-        self.terminal = sys.stdout.isatty()
-        self.began, self.start = time.time(), None
-        self.due = self.began + (1 if self.terminal else first)
-
-    def __call__(self, done, note=""):
-        """`done` of `total`, with a note; call it often."""
-        now = time.time()
-        if self.start is None:
-            self.start = done  # a resumed stage does not begin at 0
-        finished, seconds = done >= self.total, now - self.began
-        if finished and seconds < 2 or not finished and now < self.due or done == self.start:
-            return
-        left = seconds / (done - self.start) * (self.total - done)
-        text = f"  {self.title} {done / self.total:4.0%}  {note}  " + (
-            f"{seconds:.0f} s" if finished else f"{left:.0f} s left of {seconds + left:.0f} s")
-        print(f"\r\033[K{text}" if self.terminal else text,
-              end="" if self.terminal and not finished else "\n", flush=True)
-        self.due = now + (0.5 if self.terminal else self.every)

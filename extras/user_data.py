@@ -6,12 +6,12 @@ import pathlib
 import re
 from dataclasses import replace
 
-import tasks
-from tasks import (EOT, HELD_OUT, QUESTION, TEMPLATE, Chunks, Item, final_number, fingerprint,
-                   response_row)
+from tasks import (EOT, HELD_OUT, KEPT, KINDS, QUESTION, TEMPLATE, Chunks, Item, final_number,
+                   fingerprint, get_encoding, kept_items, response_row, task_items)
 
 LONGEST_TEXT = 2 ** 22  # characters
 FIELDS = {"instruction": "output", "prompt": "completion", "question": "answer"}
+ROW = ", or ".join(" and ".join(pair) for pair in FIELDS.items())  # what a row needs
 
 
 def read_text(path):
@@ -27,7 +27,7 @@ def load_items(task, split, count, skip_bad=False):
     """`count` items of a split of a task made in tasks.py, or of a JSONL file as many as it has:
     its last fifth, at most 2 HELD_OUT items, is held out."""
     if not task.endswith(".jsonl"):
-        return tasks.task_items(task, split, count)
+        return task_items(task, split, count)
     items = file_items(task, skip_bad)
     half = min(HELD_OUT, len(items) // 10)
     if not half:
@@ -47,11 +47,9 @@ def item_from_row(row):
     """The Item of a JSONL row; ValueError says what is wrong with it. A question is checked by
     exact match with any of its answers, an answer that ends in #### and a number by that number;
     all others are scored by likelihood."""
-    found = [key for key in FIELDS if isinstance(row, dict) and {key, FIELDS[key]} <= row.keys()]
-    if not found:
-        pairs = [" and ".join(pair) for pair in FIELDS.items()]
-        raise ValueError(f"a row needs {', or '.join(pairs)}")
-    key = found[0]
+    key = next((k for k in FIELDS if isinstance(row, dict) and {k, FIELDS[k]} <= row.keys()), None)
+    if not key:
+        raise ValueError(f"a row needs {ROW}")
     prompt, answers, given = row[key], row[FIELDS[key]], str(row.get("input") or "")
     answers = answers if isinstance(answers, list) else [answers]
     if not answers or not all(isinstance(t, str) and t.strip() for t in [prompt, *answers]):
@@ -104,26 +102,22 @@ def drop_long_items(items, encoding, length, skip_bad=False):
     return [list(itertools.compress(column, fits)) for column in (items, rows)]
 
 
-def evaluation_items(task, split, count=HELD_OUT, target=None, files=(), skip_bad=False,
-                     config=None):
+def evaluation_items(task, split, count, target=None, files=(), skip_bad=False, config=None):
     """{"target" or kind: [Item]}, up to `count` items per kind. The file `target` and those to be
     kept, `files`, replace the task's own items. With a config, items that do not fit its context
     are refused or, with skip_bad, dropped."""
-    chosen = (file_items(target, skip_bad) if target
-              else load_items(task, split, HELD_OUT, skip_bad))
+    chosen = file_items(target, skip_bad) if target else load_items(task, split, count, skip_bad)
     names = ["target", *(pathlib.Path(file).stem for file in files)]
     if len(set(names)) < len(names):
         raise ValueError(f"keep names files {', '.join(names[1:])}; each needs a name of its own, "
                          "other than target")
-    keep = ({pathlib.Path(file).stem: file_items(file, skip_bad)[:count]
-             for file in files if file.endswith(".jsonl")} if files else
-            {kind: tasks.kept_items(kind, split, count)
-             for kind in tasks.KEPT.get(task, tasks.KINDS)})
+    keep = ({name: file_items(file, skip_bad)[:count] for name, file in zip(names[1:], files)
+             if file.endswith(".jsonl")} if files else
+            {kind: kept_items(kind, split, count) for kind in KEPT.get(task, KINDS)})
     items = {"target": chosen[:count], **keep}
-    if config:
-        encoding = tasks.get_encoding(config.encoding)
-        items = {kind: drop_long_items(chosen, encoding, config.block_size, skip_bad)[0]
-                 for kind, chosen in items.items()}
+    for kind in items if config else ():
+        items[kind], _ = drop_long_items(items[kind], get_encoding(config.encoding),
+                                         config.block_size, skip_bad)
     return items
 
 

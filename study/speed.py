@@ -62,7 +62,7 @@ REHEARSAL = Sizes(GPTConfig(16, 257, 1, 2, 128),
 
 def code_batch():
     """(x, y) of 8 items of the code task: up to 117 tokens, a quarter of them answers."""
-    items, encoding = tasks.task_items("code", "train", 8), tasks.byte_encoding()
+    items, encoding = tasks.task_items("code", "train", 8), tasks.get_encoding("bytes")
     batch = tasks.response_batch([tasks.response_row(item, encoding) for item in items])
     return [t.to(pick_device()) for t in batch]
 

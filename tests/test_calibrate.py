@@ -206,7 +206,7 @@ def test_the_files_hold_what_the_functions_measure(out):
     """C_pre and C_task on whole rows that begin with <|endoftext|>, S_pre on the first samples."""
     calibrate.main(f"--task code {CALIBRATE} --fisher-samples 5 --out {out}".split())
     proxy, task = saved(out / "proxy.pt"), saved(out / "code" / "calibration.pt")
-    model, encoding = load_foundation(out, "cpu")[0], tasks.byte_encoding()
+    model, encoding = load_foundation(out, "cpu")[0], tasks.get_encoding("bytes")
     rows = [[256, *(t for t in row if t >= 0)] for row in proxy["samples"].tolist()]
     prompts = [[256, *encoding.encode_ordinary(item.prompt)][:128]
                for item in tasks.task_items("code", "train", 8)]

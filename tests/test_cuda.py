@@ -61,7 +61,7 @@ def token_rows(count=24):
 @functools.cache
 def code_batch(step):
     """(x, y) on the CPU: 8 items of the code task."""
-    items, encoding = tasks.task_items("code", "train", 64), tasks.byte_encoding()
+    items, encoding = tasks.task_items("code", "train", 64), tasks.get_encoding("bytes")
     chosen = random.Random(step).sample(items, 8)
     return tasks.response_batch([tasks.response_row(item, encoding) for item in chosen])
 

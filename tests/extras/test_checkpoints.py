@@ -40,6 +40,16 @@ def test_what_is_saved_is_loaded_and_what_is_broken_is_named(tmp_path):
         load(tmp_path / "none.pt", "adapter", "python train.py adapt")
 
 
+def test_a_tensor_that_is_not_finite_is_not_saved(tmp_path):
+    """Wherever it is: a resumed run would go on with it."""
+    content = {"kind": "partial", "optimizers": [{"state": {0: {"exp_avg": torch.tensor(1.)}}}]}
+    save(tmp_path / "x.pt", content)
+    content["optimizers"][0]["state"][0]["exp_avg"] /= 0
+    with pytest.raises(ValueError, match="optimizers 0 state 0 exp_avg holds NaN or infinity"):
+        save(tmp_path / "x.pt", content)
+    assert load(tmp_path / "x.pt", "partial", "")["optimizers"][0]["state"][0]["exp_avg"] == 1
+
+
 def test_a_full_disk_is_not_hidden_by_torch(tmp_path):
     """It becomes one line; nothing is written."""
     class Full:

@@ -365,7 +365,7 @@ def test_any_bytes_are_text(tmp_path_factory, text, times):
     path = tmp_path_factory.getbasetemp() / "any.txt"
     path.write_bytes(text * times)
     with bounded():
-        rows = tasks.held_out_rows(read_text(path), "valid", tasks.byte_encoding(), 9)
+        rows = tasks.held_out_rows(read_text(path), "valid", tasks.get_encoding("bytes"), 9)
     assert all(len(row) == 9 and max(row) <= 256 for row in rows)
 
 

@@ -14,7 +14,8 @@ from hypothesis import given, strategies as st
 import calibrate
 from extras import bpe, published
 from extras.bpe import ByteLevelBPE
-from extras.llama import LlamaConfig
+from extras.files import load_foundation, save
+from extras.llama import LlamaConfig, make_model
 from extras.published import config_json, folder_config, pairs_to_halves, read_published
 from model import LoRALinear, add_lora, block_linears, generate, merge_lora
 from tiny_llama import (VOCAB, tiny, tokenizer_json, vocabulary, write_folder,
@@ -250,6 +251,18 @@ def test_a_folder_is_read_as_it_was_written(model, tmp_path, shards):
     expected = vars(model.config) | {"block_size": 40, "encoding": read.config.encoding}
     assert vars(read.config) == expected
     assert ByteLevelBPE(read.config.encoding, more["tokenizer"]).encode_ordinary("the") == [116, 256]
+
+
+def test_another_context_is_another_foundation(tmp_path):
+    """Its calibrations are of other texts, though its weights are the same."""
+    found = set()
+    for block_size in 24, 32, 32:
+        torch.manual_seed(0)
+        model = make_model(vars(LlamaConfig(block_size, 257, 1, 2, 1, 16, 16, encoding="bytes")))
+        save(tmp_path / "foundation.pt", {"kind": "foundation", "model": model.state_dict(),
+                                          "settings": {"config": vars(model.config)}})
+        found.add(load_foundation(tmp_path, "cpu")[1])
+    assert len(found) == 2
 
 
 @torch.no_grad()

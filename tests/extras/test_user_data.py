@@ -15,7 +15,7 @@ from extras.user_data import (TextFiles, drop_long_items, evaluation_items, file
 from micro import PRETRAIN
 from model import GPTConfig
 
-ENCODING = tasks.byte_encoding()
+ENCODING = tasks.get_encoding("bytes")
 OTHER = tiktoken.Encoding("other", pat_str=r"\n|[^\n]+", special_tokens={tasks.EOT: 257},
                           mergeable_ranks={**{bytes([i]): i for i in range(256)}, b"ab": 256})
 

@@ -10,7 +10,7 @@ from micro import CALIBRATE
 from study import __main__ as main, pretrained
 from study.pretrained import Run, plan, report
 from study.stats import crossing
-from tasks import byte_encoding
+from tasks import get_encoding
 from tiny_llama import tiny, write_folder
 
 
@@ -45,7 +45,7 @@ def test_known_are_the_first_that_are_answered_right(tmp_path, monkeypatch):
     rows = [{"question": f"{i}?", "answer": f"{i}"} for i in range(20)]
     for name, value in dict(POOL=6, SHOTS=1, ITEMS=1, rows_of=lambda *_: rows).items():
         monkeypatch.setattr(pretrained, name, value)
-    items = pretrained.few_shot_items(byte_encoding(), "x", tmp_path)
+    items = pretrained.few_shot_items(get_encoding("bytes"), "x", tmp_path)
     assert len(items) == 6 and len({item.prompt.split("\n\n")[0] for item in items}) == 1
     asked = []
 

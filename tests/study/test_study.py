@@ -128,14 +128,14 @@ def test_samples_that_name_nobody_whose_facts_are_tested(out, monkeypatch):
     facts = [question + answer for question, answer in tasks.fact_items()]
     texts = [facts[0], "upper stone: STONE", facts[-1], f"{facts[3]}\n{facts[-4]}"]
     rows = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(tasks.byte_encoding().encode(text)) for text in texts], True, -1)
+        [torch.tensor(tasks.get_encoding("bytes").encode(text)) for text in texts], True, -1)
     monkeypatch.setattr(runs.files, "load", lambda *_: {"samples": rows})
     monkeypatch.setattr(runs.files, "load_foundation",
                         lambda *_: (types.SimpleNamespace(config=GPTConfig()), ""))
     kept = []
     monkeypatch.setattr(runs.calibrate, "calibrate", lambda args, name, given: kept.extend(given))
     runs.calibrate_on("untested", ["--out", str(out)])
-    assert list(map(tasks.byte_encoding().decode, kept)) == texts[:2]
+    assert list(map(tasks.get_encoding("bytes").decode, kept)) == texts[:2]
 
 
 def test_every_arm_names_a_method_and_options_that_exist():
