@@ -27,9 +27,8 @@ def study(args):
     if rank_and_world()[1] > 1:
         raise ValueError("the study starts its own processes; run it without torchrun")
     if args.quick:
-        args.tasks, args.foundations = args.tasks or ["math"], [0]
-        args.arms = args.arms or QUICK
-    args.tasks, args.arms = args.tasks or args.all_tasks, list(args.arms or args.all_arms)
+        args.foundations, args.all_tasks, args.all_arms = [0], ["math"], QUICK
+    args.tasks, args.arms = args.tasks or args.all_tasks, args.arms or args.all_arms
     for name in args.arms:
         if name not in ARMS:
             raise ValueError(f"unknown arm {name!r}; the arms are {', '.join(ARMS)}")
@@ -38,10 +37,19 @@ def study(args):
     report(args)
 
 
-def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS, report_only=False):
-    """The parser of one of study's commands."""
+def add_command(commands, name, run, text):
+    """The parser of one command, with the options that all have."""
     p = commands.add_parser(name, help=text, description=text)
-    p.set_defaults(run=study, all_tasks=list(all_tasks), all_arms=arms, report_only=report_only)
+    p.set_defaults(run=run)
+    add_common(p)
+    return p
+
+
+def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS):
+    """The parser of one of study's commands."""
+    p = add_command(commands, name, study, text)
+    p.set_defaults(all_tasks=list(all_tasks), all_arms=list(dict.fromkeys(a.name for a in arms)),
+                   report_only=name == "report")
     p.add_argument("--tasks", nargs="+", choices=tasks.MAKERS, metavar="TASK",
                    help=f"of {', '.join(tasks.MAKERS)}; default: {', '.join(all_tasks)}")
     p.add_argument("--arms", nargs="+", metavar="ARM",
@@ -57,42 +65,43 @@ def comparison_command(commands, name, text, arms, all_tasks=tasks.TASKS, report
     for stage in "pretrain", "calibrate", "adapt":
         p.add_argument(f"--{stage}", default="", metavar="OPTIONS",
                        help=f'options of that stage, as in --{stage}="--seed 1"')
-    add_common(p)
 
 
 def parser():
     top = Parser(prog="python -m study", description=__doc__.split("\n")[0])
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     comparison_command(commands, "compare", "do what is missing of the comparison, then report",
-                       [arm.name for arm in METHODS])
+                       METHODS)
     comparison_command(commands, "ablate", "the same for variants of FoLoRA",
-                       list(dict.fromkeys(arm.name for group in ABLATIONS.values()
-                                          for arm in group)), ["math"])
-    comparison_command(commands, "report", "tables and pictures of what is done", list(ARMS),
-                       report_only=True)
-    p = commands.add_parser("join", help="tables of several reports together")
-    p.set_defaults(run=join)
+                       sum(ABLATIONS.values(), []), ["math"])
+    comparison_command(commands, "report", "tables and pictures of what is done", ARMS.values())
+    p = add_command(commands, "join", join, "tables of several reports together")
     p.add_argument("files", nargs="+", metavar="FILE", help="results.json of each report")
     p.add_argument("--against", choices=ARMS, metavar="ARM", help="as for compare")
-    add_common(p)
-    p = commands.add_parser("speed", help="time and memory against what people would otherwise use")
-    p.set_defaults(run=speed.speed)
-    p.add_argument("--only", nargs="+", choices=speed.ROWS, metavar="ROW",
-                   help=f"of {', '.join(speed.ROWS)}")
-    p.add_argument("--quick", action="store_true", help="3 rounds, smaller; no main job")
-    p.add_argument("--json", metavar="FILE", help="for the values; default: OUT/speed.json")
-    pretrained.add_command(commands)
-    sequence.add_command(commands)
-    drift.add_command(commands)
-    g = commands.add_parser("gpu", help="everything that only a GPU can show")
-    g.set_defaults(run=gpu.gpu)
+    p = add_command(commands, "sequence", sequence.sequence, "three tasks, one after the other")
+    p.set_defaults(seeds=[1])
+    p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
+    p.add_argument("--arms", nargs="+", choices=ARMS, default=["lora r8", "folora r32"],
+                   metavar="ARM", help="see study/arms.py")
+    p.add_argument("--foundations", type=nonneg_int, nargs="+", default=[0],
+                   help="of those that compare has made")
+    for stage in "calibrate", "adapt":
+        p.add_argument(f"--{stage}", default="", metavar="OPTIONS", help="as for compare")
+    p = add_command(commands, "drift", drift.drift, "how far adapters are from the base, and why")
+    p.add_argument("adapters", nargs="+", metavar="adapter.pt")
+    p = add_command(commands, "pretrained", pretrained.pretrained, "SmolLM2 on real tasks")
+    p.add_argument("--texts", metavar="FOLDER", required=True, help="see docs/pretrained.md")
+    p.add_argument("--foundation", default="smollm2", help="as for train.py pretrain")
+    s = add_command(commands, "speed", speed.speed, "time and memory against other libraries")
+    g = add_command(commands, "gpu", gpu.gpu, "everything that only a GPU can show")
+    for p, names, note in (s, speed.ROWS, ""), (g, gpu.STEPS, "; done again even if done"):
+        p.add_argument("--only", nargs="+", choices=names, metavar="NAME",
+                       help=f"of {', '.join(names)}{note}")
+        p.add_argument("--rehearse", action="store_true",
+                       help="micro sizes on the CPU, to see that everything runs")
+    s.add_argument("--quick", action="store_true", help="3 rounds, smaller; no main job")
+    s.add_argument("--json", metavar="FILE", help="for the values; default: OUT/speed.json")
     g.add_argument("--minutes", type=positive_int, default=35, help="time for all steps together")
-    g.add_argument("--only", nargs="+", choices=gpu.STEPS, metavar="STEP",
-                   help=f"of {', '.join(gpu.STEPS)}; done again even if there is a result")
-    for sub in p, g:
-        sub.add_argument("--rehearse", action="store_true",
-                         help="micro sizes on the CPU, to see that everything runs")
-        add_common(sub)
     return top
 
 
@@ -101,8 +110,7 @@ def main(argv=None):
     if args.precision:
         os.environ["FOLORA_PRECISION"] = args.precision  # for workers and subprocesses too
     set_precision()
-    run = args.run
-    del args.run  # workers get the rest
+    run = vars(args).pop("run")  # workers get the rest
     run(args)
 
 

@@ -40,10 +40,9 @@ METHODS = [
 QUICK = ("lora r8", "folora r8", "folora r32", "replay r8")
 ABLATIONS = {
     "coordinates and gate": [
-        Arm(method, rank, first) for rank, first in ((32, 2), (8, 5)) for method in
-        ("folora", "null-adam", "null-ungated", "null-even-gate", "null-penalty-only",
-         "null-utility-only")],
-    "start": [FOLORA, Arm("folora-leading", 32, 2), Arm("kaiming-sadam", 32, 2)],
+        *(Arm(method, 32, 2) for method in ("folora", "null-adam", "null-ungated",
+                                            "null-penalty-only", "null-utility-only")),
+        Arm("folora", 8, 5)],
     "strength": [FOLORA,
                  *(FOLORA._replace(options=f"--{option}") for option in
                    ("lam 0.1", "lam 10", "s-min 0", "s-min 0.1", "tau 0.001", "tau 0.1"))],
@@ -56,9 +55,6 @@ ABLATIONS = {
         for steps, later in ((200, 2), (800, -2), (1600, -4)) for method, rank, first in
         (("folora", 32, 1), ("lora", 32, 2), ("folora-pull-back", 32, 2), ("sadam-full", 0, -2),
          ("distill", 32, 3))],
-    "calibration": [FOLORA,
-                    *(FOLORA._replace(options=f"--calibration calibration-{name}")
-                      for name in ("true", "prose", "16"))],
     "facts that are not in the samples": [
         arm for method, first in (("folora", 2), ("folora-pull-back", 3), ("distill", 3),
                                   ("replay", 3)) for arm in
@@ -66,8 +62,6 @@ ABLATIONS = {
     "an adapter that keeps as much": [
         FOLORA, *(arm._replace(options="") for arm in PULL_10), *PULL_10,
         Arm("folora-pull-back-A", 32, 2), Arm("folora-pull-back-B", 32, 2),
-        Arm("lora-pull-back", 32, 3), Arm("null-adam-pull-back", 32, 3),
-        Arm("folora-pull-back-distill", 32, 3),
-        Arm("sadam-full-cut32", 0, -2)]}
+        Arm("lora-pull-back", 32, 3), Arm("null-adam-pull-back", 32, 3)]}
 GROUPS = {"methods": METHODS, **ABLATIONS}
 ARMS = {arm.name: arm for group in GROUPS.values() for arm in group}

@@ -10,7 +10,6 @@ import torch
 
 import tasks
 from extras.baselines import distill_loss, kl_term
-from extras.cli import add_common
 from extras.files import load, load_adapter, load_foundation
 from extras.tables import markdown
 from folora import forgetting_penalty
@@ -22,11 +21,10 @@ TEXTS = 16  # that the base model writes anew, for its KL divergence
 def own_text(base, seed=0):
     """TEXTS rows of tokens, <|endoftext|> and what the base model writes after it."""
     eot, vocab = tasks.get_encoding(base.config.encoding).eot_token, base.config.vocab_size
-    device = base.lm_head.weight.device
-    ones = torch.ones(TEXTS, device=device)
+    ones = torch.ones(TEXTS)
     texts = generate(base, [[eot]] * TEXTS, base.config.block_size, (), (ones, ones, vocab * ones),
-                     generator=torch.Generator(device).manual_seed(seed))  # plain sampling
-    return torch.tensor([[eot] + text for text in texts], device=device)
+                     generator=torch.Generator().manual_seed(seed))  # plain sampling
+    return torch.tensor([[eot] + text for text in texts])
 
 
 @torch.inference_mode()
@@ -79,10 +77,3 @@ def drift(args):
                      f"{100 * (total / W0) ** 0.5:.1f}",
                      *(f"{part / total:.2f}" for part in found.values())])
     print(markdown(["", "KL, mnats", "estimated", "drift, %", *found], rows))
-
-
-def add_command(commands):
-    p = commands.add_parser("drift", help="how far adapters are from the base model, and why")
-    p.set_defaults(run=drift)
-    p.add_argument("adapters", nargs="+", metavar="adapter.pt")
-    add_common(p)

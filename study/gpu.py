@@ -79,13 +79,11 @@ def cuda_tests(run):
     return found
 
 
-def speed_row(row):
-    def step(run):
-        path = run.out / f"speed-{row}.json"
-        run("-m", "study", "speed", "--only", row, "--out", run.out, "--json", path,
-            *(["--rehearse"] if run.rehearse else []))
-        return json.loads(path.read_text())
-    return step
+def speed_row(run, row):
+    path = run.out / f"speed-{row}.json"
+    run("-m", "study", "speed", "--only", row, "--out", run.out, "--json", path,
+        *(["--rehearse"] if run.rehearse else []))
+    return json.loads(path.read_text())
 
 
 def quick_comparison(run):
@@ -98,7 +96,7 @@ def quick_comparison(run):
 def adapting(run, *launcher, options=()):
     """(seconds, losses) of 400 steps of FoLoRA, made anew in a process of its own."""
     if not (run.job / "code/calibration.pt").exists():
-        speed_row("main-job")(run)
+        speed_row(run, "main-job")
     micro = MICRO["--adapt"].split() if run.rehearse else []
     arguments = ["adapt", "--task", "code", "--method", "folora", "--lr", "0.008", "--seed", "11",
                  "--out", str(run.job), *micro, *options]
@@ -117,24 +115,16 @@ def beside_plain(run, *launcher, **options):
             "losses differ by": max(abs(a - b) for a, b in zip(found, expected, strict=True))}
 
 
-def torchrun(run):
-    """One process under torchrun: NCCL on a GPU, Gloo on a CPU."""
-    return beside_plain(run, "-m", "torch.distributed.run", "--standalone",
-                        "--local-addr=127.0.0.1", "--nproc_per_node=1")
-
-
-def compiled(run):
-    return beside_plain(run, options=["--compile"])
-
-
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1",
+            "--nproc_per_node=1")  # one process: NCCL on a GPU, Gloo on a CPU
 STEPS = {  # name: (seconds it usually takes at most, function)
     "tests": (180, cuda_tests),
-    **{f"speed {row}": (seconds, speed_row(row)) for row, seconds in {
+    **{f"speed {row}": (seconds, lambda run, row=row: speed_row(run, row)) for row, seconds in {
         "main-job": 150, "sadam": 60, "adapt": 90, "sampling": 150, "moments": 60, "eigen": 180,
         "memory": 60}.items()},
     "comparison": (420, quick_comparison),
-    "torchrun": (90, torchrun),
-    "compile": (300, compiled)}
+    "torchrun": (90, lambda run: beside_plain(run, *TORCHRUN)),
+    "compile": (300, lambda run: beside_plain(run, options=["--compile"]))}
 
 
 def attempt(name, out, rehearse, left):
@@ -162,9 +152,7 @@ def outcome(found):
 
 def gpu(args):
     """Do the steps that have no result yet, or args.only; print what became of all of them."""
-    if args.rehearse:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    elif not torch.cuda.is_available():
+    if not args.rehearse and not torch.cuda.is_available():
         raise ValueError("no GPU is visible; --rehearse tries every step on the CPU")
     began, folder = time.time(), "rehearsal" if args.rehearse else "gpu"
     path = pathlib.Path(args.out).absolute() / folder / "gpu.json"
@@ -178,7 +166,9 @@ def gpu(args):
     for name in args.only or STEPS:
         if args.only or "result" not in steps.get(name, {}):
             left = began + 60 * args.minutes - time.time()
-            steps[name] = attempt(name, path.parent, args.rehearse, left)
+            found = attempt(name, path.parent, args.rehearse, left)
+            if "result" in found or "result" not in steps.get(name, {}):
+                steps[name] = found
             write_json(path, {"identity": identity, "steps": steps})
     rows = [[name, f"{found.get('seconds', 0):.0f}", outcome(found)]
             for name, found in steps.items()]

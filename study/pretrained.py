@@ -20,7 +20,6 @@ import calibrate
 import eval as evaluation
 import tasks
 import train
-from extras.cli import add_common
 from extras.files import atomic_write, cached_json, load_adapter, load_foundation
 from extras.machine import pick_device
 from extras.tables import markdown
@@ -84,9 +83,6 @@ def made_rows(name):
 
 def rows_of(texts, name):
     """The rows of a .jsonl file, those of GSM8K and MBPP as they are learned here."""
-    if name in MADE:
-        yield from made_rows(name)
-        return
     for line in (pathlib.Path(texts) / f"{name}.jsonl").read_text("utf8").strip().split("\n"):
         row = json.loads(line)
         if name.startswith("gsm8k"):  # without <<48/2=24>>, a calculator's marks
@@ -98,24 +94,22 @@ def rows_of(texts, name):
 
 
 def write_tasks(texts, out, encoding):
-    """{task: out/<task>.jsonl}, rows of at most LONGEST tokens, the last of them held out."""
+    """Write out/<task>.jsonl, rows of at most LONGEST tokens, the last of them held out."""
     for task, files in TASKS.items():
         first, *last = ([row for row in rows_of(texts, file) if len(
             tasks.response_row(item_from_row(row), encoding)[0]) <= LONGEST] for file in files)
         rows = first[:EXAMPLES] + last[0][-2 * tasks.HELD_OUT:] if last else first
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
         atomic_write(out / f"{task}.jsonl", lambda f: f.write(text.encode()))
-    return {task: out / f"{task}.jsonl" for task in TASKS}
 
 
 def few_shot_items(encoding, name, texts):
     """Up to POOL questions with answers of 1 to 5 tokens, in random order, each after SHOTS
     examples of its kind."""
-    def tokens(text):
-        return len(encoding.encode_ordinary(text))
-
-    items = [item for item in map(item_from_row, rows_of(texts, name))
-             if tokens(item.answer) <= 5 and tokens(item.prompt) <= 40]
+    rows = made_rows(name) if name in MADE else rows_of(texts, name)
+    items = [item for item in map(item_from_row, rows)
+             if len(encoding.encode_ordinary(item.answer)) <= 5
+             and len(encoding.encode_ordinary(item.prompt)) <= 40]
     chosen = random.Random(name).sample(items, min(POOL + SHOTS, len(items)))
     examples = "".join(f"{item.prompt}{item.answer}\n\n" for item in chosen[:SHOTS])
     return [replace(item, prompt=examples + item.prompt) for item in chosen[SHOTS:]]
@@ -130,7 +124,7 @@ def known(model, items, path, identity):
     return [items[i] for i in cached_json(path, identity, ask)["right"][:2 * ITEMS]]
 
 
-def kept(model, paths, texts, out, identity):
+def kept(model, texts, out, identity):
     """({name: [Item]}, {name: text}) of what must be kept: a task, while another is learned. "Any"
     questions are those first asked, right or not: what is chosen for having been answered right
     can only get worse."""
@@ -143,8 +137,9 @@ def kept(model, paths, texts, out, identity):
     humaneval = [tasks.Item(row["prompt"], row["canonical_solution"].rstrip(), None)
                  for row in rows_of(texts, "humaneval")]
     items["humaneval"] = drop_long_items(humaneval, encoding, CONTEXT, True)[0][:ITEMS]
-    for task, path in paths.items():
-        items[task] = [replace(i, check=None) for i in load_items(str(path), "test", ITEMS)]
+    for task in TASKS:
+        chosen = load_items(f"{out / task}.jsonl", "test", ITEMS)
+        items[task] = [replace(item, check=None) for item in chosen]
     for name in [name for name, chosen in items.items() if not chosen]:
         print(f"pretrained: {name}: none of its questions was answered right; left out")
         del items[name]
@@ -169,18 +164,17 @@ def measure(model, items, texts):
     return found
 
 
-def do(run, path, out, score, identity):
+def do(run, out, items, texts, identity):
     """The scores of a run, which are on disk once it is done; full weights are not kept. None
     while another process does it."""
     def make():
-        common = ["--task", str(path), "--out", str(out)]
+        common = ["--task", f"{out / run.task}.jsonl", "--out", str(out)]
         if run.method != "lora":
             calibrate.main([*common, *CALIBRATE])
-        adapter = train.main([
-            "adapt", *common, "--method", run.method, "--rank", str(run.rank or 8), "--lr",
-            f"{run.rate:g}", "--seed", str(run.seed), "--steps", str(STEPS), "--batch", str(BATCH),
-            "--pull", f"{PULL}"])
-        found = score(load_adapter(adapter, out, pick_device()))
+        options = (f"--method {run.method} --rank {run.rank or 8} --lr {run.rate:g} --seed "
+                   f"{run.seed} --steps {STEPS} --batch {BATCH} --pull {PULL}")
+        adapter = train.main(["adapt", *common, *options.split()])
+        found = measure(load_adapter(adapter, out, pick_device()), items, texts)
         if not run.rank:
             adapter.unlink()
         return found
@@ -194,14 +188,13 @@ def pretrained(args):
     train.main(["pretrain", "--foundation", args.foundation, "--context", f"{CONTEXT}",
                 "--out", args.out])
     model, weights = load_foundation(out, pick_device())
-    paths = write_tasks(args.texts, out, tasks.get_encoding(model.config.encoding))
+    write_tasks(args.texts, out, tasks.get_encoding(model.config.encoding))
     identity = {"foundation": weights, "settings": [STEPS, BATCH, *CALIBRATE, SHOTS, POOL]}
-    items, texts = kept(model, paths, args.texts, out, identity)
+    items, texts = kept(model, args.texts, out, identity)
     before = cached_json(out / "before.json", identity, lambda: measure(model, items, texts))
     del model
     for run in 2 * plan():  # the second time finds what other processes were doing
-        if run not in done and (scores := do(run, paths[run.task], out,
-                                             lambda m: measure(m, items, texts), identity)):
+        if run not in done and (scores := do(run, out, items, texts, identity)):
             done[run] = scores
             atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
 
@@ -224,11 +217,3 @@ def report(before, done):
                     for name, row in ({"before": before} | rows).items()]
             texts.append(f"{task}, {title}\n\n{markdown(['', *columns], rows)}")
     return "\n\n".join(texts) + "\n"
-
-
-def add_command(commands):
-    p = commands.add_parser("pretrained", help="a published model fine-tuned by several methods")
-    p.set_defaults(run=pretrained)
-    p.add_argument("--texts", metavar="FOLDER", required=True, help="see docs/pretrained.md")
-    p.add_argument("--foundation", default="smollm2", help="as for train.py pretrain")
-    add_common(p)

@@ -12,7 +12,6 @@ import multiprocessing
 import os
 import pathlib
 import platform
-import random
 import shlex
 import signal
 import time
@@ -26,16 +25,14 @@ import tasks
 import train
 from extras import cli, files, user_data
 from extras.baselines import kl_penalty
-from extras.machine import pick_device, set_precision
+from extras.machine import pick_device
 from folora import forgetting_penalty
 from model import block_linears
 from study.arms import ARMS, EARLIER, TARGET, rate
-from study.variants import FINISHES, METHODS
+from study.variants import METHODS, SHARES
 
 ITEMS, TEXT_TOKENS = 100, 8192  # items of each kind; of each held-out text
 REACH = 6                       # a curve ends this many steps from its first rate
-# {name: texts for C_pre instead of the foundation's own samples}, see `calibrate_on`
-CALIBRATIONS = ("true", "prose", "untested", "16")
 
 
 class Curve(NamedTuple):
@@ -82,10 +79,6 @@ class Foundation:
         self.identity = {"foundation": fingerprint, "python": platform.python_version(),
                          "measured": tasks.fingerprint([repr(self.proxy["settings"])])}
 
-    @functools.cache
-    def items(self, task):
-        return user_data.evaluation_items(task, "test", ITEMS)
-
     @functools.cached_property
     def unsampled(self):
         """Facts that none of the base model's samples holds word for word."""
@@ -96,7 +89,7 @@ class Foundation:
                 if item.prompt + item.answer not in samples]
 
     def scores(self, model, task):
-        found = evaluation.evaluate(model, self.items(task), "test",
+        found = evaluation.evaluate(model, user_data.evaluation_items(task, "test", ITEMS), "test",
                                     TEXT_TOKENS // model.config.block_size)
         return found | {"unsampled": evaluation.score_items(model, self.unsampled)["score"]
                         if self.unsampled else None}
@@ -109,18 +102,16 @@ class Foundation:
             "test": self.scores(self.model, task), "size": 0, "drift": 0, "kl": 0})
 
     @torch.no_grad()
-    def measures(self, model, finish=None):
+    def measures(self, model, share=1):
         """size: ‖ΔW‖_F over all layers; drift: ‖ΔW X_pre‖_F in percent of ‖W0 X_pre‖_F; kl: Σ ½Tr(S
-        ΔW C ΔWᵀ), estimated KL from the base model on its own samples, nats/token. With `finish`,
-        the model's ΔW are replaced by finish(ΔW, C_pre) first."""
+        ΔW C ΔWᵀ), estimated KL from the base model on its own samples, nats/token. The model's ΔW
+        are multiplied by `share` first."""
         before, size, drift, total, kl = block_linears(self.model), 0, 0, 0, 0
         for name, layer in block_linears(model).items():
             W0 = before[name].weight.double()
             C, S = (self.proxy[key][name].to(W0) for key in ("C_pre", "S_pre"))
-            dW = layer.weight.double() - W0
-            if finish:
-                dW = finish(dW, C)
-                layer.weight.copy_(W0 + dW)
+            dW = share * (layer.weight.double() - W0)
+            layer.weight.copy_(W0 + dW)
             size, drift = size + dW.square().sum(), drift + forgetting_penalty(dW, C)
             total = total + forgetting_penalty(W0, C)
             kl = kl + kl_penalty(dW, torch.eye(len(C)).to(C), S, C)
@@ -159,10 +150,9 @@ class Study:
             settings = {key: getattr(args, key) for key in train.ADAPT}
             found = files.cached_json(path, foundation.identity | settings,
                                       do and functools.partial(self.do, curve, k), wait=False)
-            if not found:
-                return None
-            self.finished[curve, k] = found
-        return self.finished[curve, k]
+            if found:
+                self.finished[curve, k] = found
+        return self.finished.get((curve, k))
 
     def do(self, curve, k):
         """Train and evaluate one run."""
@@ -171,10 +161,12 @@ class Study:
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 path = train.adapt(args, METHODS)
-            except ValueError as error:  # a rate so large that the loss is not finite
+            except ValueError as error:
+                if "not finite" not in str(error):  # else the rate is too large
+                    raise
                 return {"failed": str(error)}
             model = files.load_adapter(path, foundation.out, foundation.device)
-            measures = foundation.measures(model, FINISHES.get(args.method))
+            measures = foundation.measures(model, SHARES.get(args.method, 1))
             scores = foundation.scores(model, curve.task)
         path.unlink()  # hundreds of adapters would fill the disk
         return {"test": scores, **measures, "seconds": time.time() - began}
@@ -196,7 +188,6 @@ class Study:
 def work(args):
     """One worker: do missing runs, most telling first, until there are none. Others may work in the
     same folder."""
-    set_precision(args.precision)
     torch.set_num_threads(1)
     study, parent = Study(args), multiprocessing.parent_process()
     if parent:
@@ -204,8 +195,7 @@ def work(args):
     while open_curves := [c for c in study.curves if study.along(c)[1] is not None]:
         for curve in open_curves:
             k = study.along(curve)[1]
-            result = k is not None and study.result(curve, k, do=True)
-            if result:
+            if k is not None and (result := study.result(curve, k, do=True)):
                 print(f"{describe(curve, k, result)}   {len(open_curves)} curves to go", flush=True)
                 break
         else:
@@ -224,66 +214,46 @@ def describe(curve, k, result):
             f"drift {result['drift']:5.1f} %  KL {result['kl']:.3f}  {result['seconds']:.0f} s")
 
 
-def calibrate_on(name, options):
-    """Another calibration: on fewer samples; on those that name none of the people whose facts are
-    tested ("untested"); or on the pretraining text itself, which in practice nobody has: all of it
-    ("true") or its prose alone."""
-    options = [*options, "--name", f"calibration-{name}"]
-    if name.isdigit():
-        return calibrate.main([*options, "--samples", name])
-    args = calibrate.parser().parse_args(options)
-    config = files.load_foundation(args.out, "cpu")[0].config
-    encoding = tasks.get_encoding(config.encoding)
-    if name == "untested":
-        people = tasks.people()
-        tested = [person for person, *_ in people[len(people) // 2:]]
-        proxy = files.load(pathlib.Path(args.out) / "proxy.pt", "proxy", "python calibrate.py")
-        texts = [[t for t in row if t >= 0] for row in proxy["samples"].tolist()]
-        texts = [t for t in texts if not any(who in encoding.decode(t) for who in tested)]
-        return calibrate.calibrate(args, name, texts)
-    mixture = tasks.PretrainingMixture(encoding)
-    if name == "prose":
-        mixture.ROWS = {"prose": 1}
-    rng = random.Random(f"proxy {args.seed}")
-    texts = [mixture.row(rng, config.block_size + 1)[1:] for _ in range(args.samples)]
-    calibrate.calibrate(args, name, texts)
+def calibrate_untested(options):
+    """Calibrate on the own samples that name none of the people whose facts are tested."""
+    args = calibrate.parser().parse_args([*options, "--name", "calibration-untested"])
+    encoding = tasks.get_encoding(files.load_foundation(args.out, "cpu")[0].config.encoding)
+    people = tasks.people()
+    tested = [person for person, *_ in people[len(people) // 2:]]
+    proxy = files.load(pathlib.Path(args.out) / "proxy.pt", "proxy", "python calibrate.py")
+    texts = [[t for t in row if t >= 0] for row in proxy["samples"].tolist()]
+    texts = [t for t in texts if not any(who in encoding.decode(t) for who in tested)]
+    calibrate.calibrate(args, "untested", texts)
 
 
 def prepare(args):
     """The foundations and their calibrations. Bad options fail first."""
     train.parser(METHODS).parse_args(["adapt", *shlex.split(args.adapt)])
     calibrate.parser().parse_args(shlex.split(args.calibrate))
-    common = ["--precision", args.precision] if args.precision else []
     for number in args.foundations:
-        out = ["--out", str(pathlib.Path(args.out) / f"foundation{number}"), *common]
+        out = ["--out", str(pathlib.Path(args.out) / f"foundation{number}")]
         train.main(["pretrain", "--seed", str(number), *out, *shlex.split(args.pretrain)])
         for task in args.tasks:
             options = ["--task", task, *out, *shlex.split(args.calibrate)]
             calibrate.main(options)
-            for name in CALIBRATIONS:
-                if any(f"calibration-{name}" in arm for arm in args.arms):
-                    calibrate_on(name, options)
+            if any("calibration-untested" in arm for arm in args.arms):
+                calibrate_untested(options)
 
 
 def do_all(args):
     """Do all missing runs, a process with one thread for each worker."""
     prepare(args)
     context, workers = multiprocessing.get_context("spawn"), args.workers or os.cpu_count()
-    job = functools.partial(work, args)
     if workers == 1:  # in this process, which gets its threads back
         threads = torch.get_num_threads()
-        try:
-            return job()
-        finally:
-            torch.set_num_threads(threads)
-    processes = [context.Process(target=cli.command, args=(job,)) for _ in range(workers)]
+        work(args)
+        return torch.set_num_threads(threads)
+    job = functools.partial(work, args)
+    processes = [context.Process(target=cli.command, args=(job,), daemon=True)  # end with this one
+                 for _ in range(workers)]
     for process in processes:
         process.start()
-    try:
-        for process in processes:
-            process.join()
-    finally:
-        for process in processes:
-            process.terminate()
+    for process in processes:
+        process.join()
     if any(process.exitcode for process in processes):
         raise ValueError("a worker stopped with the error above; the same command continues")

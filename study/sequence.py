@@ -10,13 +10,12 @@ import calibrate
 import tasks
 import train
 from eval import score_items
-from extras.cli import add_common, nonneg_int
 from extras.files import atomic_write, cached_json, load_adapter, save
 from extras.machine import pick_device
 from extras.tables import markdown
 from extras.user_data import load_items
 from study import runs
-from study.arms import ARMS, TARGET
+from study.arms import TARGET
 from study.runs import Curve, Study, target_score
 from study.variants import METHODS
 
@@ -74,16 +73,3 @@ def sequence(args):
     text = markdown(["arm", "foundation", "after", *tasks.TASKS, *KEPT], rows)
     atomic_write(study.out / "sequence.md", lambda f: f.write(f"{text}\n".encode()))
     print(text)
-
-
-def add_command(commands):
-    p = commands.add_parser("sequence", help="three tasks, one after the other")
-    p.set_defaults(run=sequence, seeds=[1])
-    p.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=list(tasks.TASKS))
-    p.add_argument("--arms", nargs="+", choices=ARMS, default=["lora r8", "folora r32"],
-                   metavar="ARM", help="see study/arms.py")
-    p.add_argument("--foundations", type=nonneg_int, nargs="+", default=[0],
-                   help="of those that compare has made")
-    for stage in "calibrate", "adapt":
-        p.add_argument(f"--{stage}", default="", metavar="OPTIONS", help="as for compare")
-    add_common(p)

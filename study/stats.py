@@ -2,6 +2,7 @@
 import functools
 import math
 import statistics
+from bisect import bisect_left, bisect_right
 
 mean = statistics.fmean
 
@@ -57,18 +58,14 @@ def interval(values):
         return "-"
     n = len(reached)
     count = f"({n} of {len(values)})" if n < len(values) else f"({n})"
-    if n == 1:
-        return f"{reached[0]:.1f} {count}"
-    half = t_quantile(n - 1) * statistics.stdev(reached) / math.sqrt(n)
-    return f"{mean(reached):.1f} ±{half:.1f} {count}"
+    half = f" ±{t_quantile(n - 1) * statistics.stdev(reached) / math.sqrt(n):.1f}" if n > 1 else ""
+    return f"{mean(reached):.1f}{half} {count}"
 
 
 def ranks(values):
     """Rank of each value; equal values share the average of their ranks: 5 7 7 -> 1 2.5 2.5"""
-    places = {}
-    for place, value in enumerate(sorted(values), 1):
-        places.setdefault(value, []).append(place)
-    return [mean(places[value]) for value in values]
+    ordered = sorted(values)
+    return [(bisect_left(ordered, v) + bisect_right(ordered, v) + 1) / 2 for v in values]
 
 
 def rank_correlation(x, y):

@@ -1,12 +1,11 @@
-"""Variants of FoLoRA and of the baselines' settings, for the study alone: `Method`s, and `FINISHES`
-of what was learned."""
+"""Variants of FoLoRA and of the baselines' settings, for the study alone: `Method`s."""
 from dataclasses import replace
 
 import torch
 
 from extras import baselines
-from extras.baselines import Method, PullBack, sadam
-from folora import SAdam, damped, generalized_eigh, normalise, null_space_start, spectral_gate
+from extras.baselines import PullBack, corda_start, oplora_protected, sc_lora_start
+from folora import SAdam, generalized_eigh, spectral_gate
 
 
 # ------------------------------------------------------------------------------------------------
@@ -15,12 +14,6 @@ from folora import SAdam, damped, generalized_eigh, normalise, null_space_start,
 def ungated(m, lam, s_min):
     """FoLoRA's coordinates without the gate."""
     return m["basis"], torch.ones_like(m["eigvals"])
-
-
-def even_gate(m, lam, s_min):
-    """FoLoRA's coordinates with a gate of the same mean, equal in all directions."""
-    gate = spectral_gate(m["eigvals"], lam, s_min)
-    return m["basis"], gate.mean().expand_as(gate)
 
 
 def penalty_only(m, lam, s_min):
@@ -33,24 +26,6 @@ def utility_only(m, lam, s_min):
     """The directions of C_task alone: with H = I, γ is the utility."""
     eigvals, basis = generalized_eigh(m["C_task"], torch.eye(len(m["H"])).to(m["H"]))
     return basis, spectral_gate(eigvals, lam, s_min)
-
-
-# ------------------------------------------------------------------------------------------------
-# Finishes: (ΔW (d_out, d_in) float64, C_pre) -> the ΔW that is evaluated
-
-def interpolated(share):
-    """WiSE-FT (arXiv 2109.01903): on the way from W0 to what was learned."""
-    return lambda dW, C_pre: share * dW
-
-
-def compressed(rank):
-    """The ΔW' of this rank that is nearest in the metric H: least Tr((ΔW - ΔW') H (ΔW - ΔW')ᵀ)."""
-    def finish(dW, C_pre):
-        L = torch.linalg.cholesky(damped(normalise(C_pre, C_pre)[0], 0.01))
-        U, S, Vh = torch.linalg.svd(dW @ L, full_matrices=False)
-        near = (U[:, :rank] * S[:rank]) @ Vh[:rank]
-        return torch.linalg.solve_triangular(L, near, upper=False, left=False)
-    return finish
 
 
 # ------------------------------------------------------------------------------------------------
@@ -72,34 +47,27 @@ class PullBackB(PullBack):
 
 # ------------------------------------------------------------------------------------------------
 
-def null_space(steps=None):
-    return Method(null_space_start, steps, needs_moments=True)
+def like(name, **changes):
+    """A row of the methods' table with some parts exchanged."""
+    return replace(baselines.METHODS[name], **changes)
 
 
-FINISHES = {"wise-ft-0.5": interpolated(0.5), "sadam-full-cut32": compressed(32)}
+SHARES = {"wise-ft-0.5": 0.5}  # of ΔW, which is then evaluated: WiSE-FT, arXiv 2109.01903
 METHODS = {
     **baselines.METHODS,
-    "null-adam": null_space(),
-    "null-ungated": null_space(ungated),
-    "null-even-gate": null_space(even_gate),
-    "null-penalty-only": null_space(penalty_only),
-    "null-utility-only": null_space(utility_only),
-    "kaiming-sadam": Method(steps=sadam, needs_moments=True),
-    **{f"folora-pull-back-{part}": replace(baselines.METHODS["folora-pull-back"], optimizer=cls)
-       for part, cls in (("A", PullBackA), ("B", PullBackB))},
+    "null-adam": like("folora", steps=None),
+    "null-ungated": like("folora", steps=ungated),
+    "null-penalty-only": like("folora", steps=penalty_only),
+    "null-utility-only": like("folora", steps=utility_only),
+    "folora-pull-back-A": like("folora-pull-back", optimizer=PullBackA),
+    "folora-pull-back-B": like("folora-pull-back", optimizer=PullBackB),
     # decoupled weight decay towards the start, without FoLoRA's basis and gate
-    "lora-pull-back": Method(optimizer=PullBack),
-    "null-adam-pull-back": replace(null_space(), optimizer=PullBack),
-    "folora-pull-back-distill": replace(baselines.METHODS["folora-pull-back"],
-                                        rehearsal=baselines.distill_loss),
-    "corda-100": replace(  # C in a unit that makes A0 a tenth and B0 ten times as large
-        baselines.METHODS["corda"], start=lambda W0, C_pre, **options: baselines.corda_start(
-            W0, 100 * C_pre, **options)),
-    "sc-lora-0.8": replace(
-        baselines.METHODS["sc-lora"], start=lambda W0, **options: baselines.sc_lora_start(
-            W0, beta=0.8, **options)),
-    "oplora-3": replace(baselines.METHODS["oplora"],  # of 96 directions, as 128 of 4,096
-                        protected=lambda W0: baselines.oplora_protected(W0, 3)),
-    "wise-ft-0.5": baselines.METHODS["lora"],
-    "sadam-full-cut32": baselines.METHODS["sadam-full"],
+    "lora-pull-back": like("lora", optimizer=PullBack),
+    "null-adam-pull-back": like("folora", steps=None, optimizer=PullBack),
+    # C in a unit that makes A0 a tenth and B0 ten times as large
+    "corda-100": like("corda", start=lambda W0, C_pre, **m: corda_start(W0, 100 * C_pre, **m)),
+    "sc-lora-0.8": like("sc-lora", start=lambda W0, **m: sc_lora_start(W0, beta=0.8, **m)),
+    # 3 of 96 directions, as 128 of 4,096
+    "oplora-3": like("oplora", protected=lambda W0: oplora_protected(W0, 3)),
+    "wise-ft-0.5": like("lora"),
 }

@@ -5,6 +5,7 @@ import types
 import pytest
 import torch
 
+import calibrate
 import tasks
 import train
 from micro import STAGES, one_mixture  # noqa: F401
@@ -113,6 +114,9 @@ def test_a_rate_that_diverges_is_a_failed_run_and_not_the_end(out, monkeypatch):
     study = open_study(out, "lora r8")
     result = study.result(Curve("code", "lora r8", 0, 3), 4, do=True)
     assert "not finite" in result["failed"] and runs.target_score(result) == 0
+    monkeypatch.setattr(train, "adapt", lambda *_: calibrate.load(out / "x.pt", "calibration", "?"))
+    with pytest.raises(ValueError, match="x.pt is missing"):  # this is not the rate's fault
+        study.result(Curve("code", "lora r8", 0, 3), 5, do=True)
 
 
 @pytest.mark.parametrize("method", [name for name in WITH_VARIANTS if name not in train.METHODS])
@@ -134,7 +138,7 @@ def test_samples_that_name_nobody_whose_facts_are_tested(out, monkeypatch):
                         lambda *_: (types.SimpleNamespace(config=GPTConfig()), ""))
     kept = []
     monkeypatch.setattr(runs.calibrate, "calibrate", lambda args, name, given: kept.extend(given))
-    runs.calibrate_on("untested", ["--out", str(out)])
+    runs.calibrate_untested(["--out", str(out)])
     assert list(map(tasks.get_encoding("bytes").decode, kept)) == texts[:2]
 
 
