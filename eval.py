@@ -91,7 +91,7 @@ def bits_per_byte(model, text, split, most):
         raise ValueError(f"a text of {len(text):,} characters is too short for a row of {length} "
                          "tokens")
     nats, size = 0, sum(len(encoding.decode_bytes(row[1:])) for row in rows)
-    batch = max(1, 2 ** 26 // (length * model.config.vocab_size))  # bounds the logits' memory
+    batch = max(1, train.MOST_LOGITS // (length * model.config.vocab_size))
     for chunk in torch.tensor(rows, device=model.lm_head.weight.device).split(batch):
         nats += train.loss_of(model, chunk[:, :-1], chunk[:, 1:]).item() * chunk[:, 1:].numel()
     return {"score": nats / math.log(2) / size, "n": len(rows)}

@@ -166,6 +166,11 @@ def distill_loss(model, base, x, y):
     return F.kl_div(found, target, log_target=True, reduction="batchmean")
 
 
+def unpadded(samples):
+    """Token lists of samples (N, longest) padded with -1, as calibrate.py writes them."""
+    return [[t for t in row if t >= 0] for row in samples.tolist()]
+
+
 def rehearsal_term(loss, weight, samples, rows, model, base, seed):
     """step -> weight × loss (nats/token) on rows of base-model samples (token lists without
     <|endoftext|>), drawn by the step alone. base: the model as it started, for distill_loss."""
@@ -190,7 +195,7 @@ def added_loss(method, model, layers, calibration, args):
     penalty = kl_term(args.mu, penalised)
     if not method.rehearsal:
         return penalty
-    samples = [[t for t in row if t >= 0] for row in calibration["samples"].tolist()]
+    samples = unpadded(calibration["samples"])
     base = copy.deepcopy(model).requires_grad_(False) if method.rehearsal is distill_loss else None
     rehearsal = rehearsal_term(method.rehearsal, args.rehearsal, samples, max(1, args.batch // 4),
                                model, base, args.seed)

@@ -24,7 +24,7 @@ import eval as evaluation
 import tasks
 import train
 from extras import cli, files, user_data
-from extras.baselines import kl_penalty
+from extras.baselines import kl_penalty, unpadded
 from extras.machine import pick_device
 from folora import forgetting_penalty
 from model import block_linears
@@ -80,11 +80,15 @@ class Foundation:
                          "measured": tasks.fingerprint([repr(self.proxy["settings"])])}
 
     @functools.cached_property
+    def samples(self):
+        """[(text, its tokens)] of the base model's samples."""
+        encoding = tasks.get_encoding(self.model.config.encoding)
+        return [(encoding.decode(tokens), tokens) for tokens in unpadded(self.proxy["samples"])]
+
+    @functools.cached_property
     def unsampled(self):
         """Facts that none of the base model's samples holds word for word."""
-        encoding = tasks.get_encoding(self.model.config.encoding)
-        samples = "\0".join(encoding.decode([t for t in row if t >= 0])
-                            for row in self.proxy["samples"].tolist())
+        samples = "\0".join(text for text, _ in self.samples)
         return [item for item in tasks.kept_items("facts", "test")
                 if item.prompt + item.answer not in samples]
 
@@ -217,13 +221,11 @@ def describe(curve, k, result):
 def calibrate_untested(options):
     """Calibrate on the own samples that name none of the people whose facts are tested."""
     args = calibrate.parser().parse_args([*options, "--name", "calibration-untested"])
-    encoding = tasks.get_encoding(files.load_foundation(args.out, "cpu")[0].config.encoding)
-    people = tasks.people()
-    tested = [person for person, *_ in people[len(people) // 2:]]
-    proxy = files.load(pathlib.Path(args.out) / "proxy.pt", "proxy", "python calibrate.py")
-    texts = [[t for t in row if t >= 0] for row in proxy["samples"].tolist()]
-    texts = [t for t in texts if not any(who in encoding.decode(t) for who in tested)]
-    calibrate.calibrate(args, "untested", texts)
+    questions = "".join(item.prompt for item in tasks.kept_items("facts", "test"))
+    tested = [name for name, *_ in tasks.people() if name in questions]
+    calibrate.calibrate(args, "untested", [
+        tokens for text, tokens in Foundation(args.out).samples
+        if not any(name in text for name in tested)])
 
 
 def prepare(args):
@@ -246,8 +248,10 @@ def do_all(args):
     context, workers = multiprocessing.get_context("spawn"), args.workers or os.cpu_count()
     if workers == 1:  # in this process, which gets its threads back
         threads = torch.get_num_threads()
-        work(args)
-        return torch.set_num_threads(threads)
+        try:
+            return work(args)
+        finally:
+            torch.set_num_threads(threads)
     job = functools.partial(work, args)
     processes = [context.Process(target=cli.command, args=(job,), daemon=True)  # end with this one
                  for _ in range(workers)]

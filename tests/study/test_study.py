@@ -133,7 +133,7 @@ def test_samples_that_name_nobody_whose_facts_are_tested(out, monkeypatch):
     texts = [facts[0], "upper stone: STONE", facts[-1], f"{facts[3]}\n{facts[-4]}"]
     rows = torch.nn.utils.rnn.pad_sequence(
         [torch.tensor(tasks.get_encoding("bytes").encode(text)) for text in texts], True, -1)
-    monkeypatch.setattr(runs.files, "load", lambda *_: {"samples": rows})
+    monkeypatch.setattr(runs.files, "load", lambda *_: {"samples": rows, "settings": 0})
     monkeypatch.setattr(runs.files, "load_foundation",
                         lambda *_: (types.SimpleNamespace(config=GPTConfig()), ""))
     kept = []
