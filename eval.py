@@ -20,9 +20,8 @@ import train
 from extras.cli import Parser, add_common, add_task, command
 from extras.files import (cached_json, fingerprint, load_adapter, load_foundation, task_folder,
                           write_json)
-from extras.machine import Progress, pick_device, set_precision
-from extras.machine import describe as describe_machine
-from extras.tables import markdown
+from extras.machine import Progress, describe_machine, pick_device, set_precision
+from extras.tables import print_wrong, score_table
 from extras.user_data import evaluation_items, read_text, read_texts
 from model import generate
 
@@ -120,28 +119,6 @@ def scores_of(path, model, items, args):
 
 
 # ------------------------------------------------------------------------------------------------
-# The table
-
-def table(results):
-    """A markdown table, one row per model: the target, each kept kind, text, and the averages."""
-    first = next(iter(results.values()))
-    head = ["", f"target (n {first['target']['n']})",
-            *(f"{kind} ({kept['n']})" for kind, kept in first["kept"].items()),
-            *(f"{name} b/B" for name in first["text"]), "Avg1", "Avg2", "GM"]
-    rows = [[name, f"{r['target']['score']:.1f}",
-             *(f"{kept['score']:.1f}" for kept in r["kept"].values()),
-             *(f"{text['score']:.2f}" for text in r["text"].values()),
-             *(f"{r[key]:.1f}" for key in ("Avg1", "Avg2", "GM"))] for name, r in results.items()]
-    return markdown(head, rows)
-
-
-def print_wrong(name, scores):
-    for kind, s in {"target": scores["target"], **scores["kept"]}.items():
-        for w in s["wrong"][:1]:
-            print(f"  {name}, {kind}: {w['prompt']!r} -> {w['output']!r}, right: {w['right']!r}")
-
-
-# ------------------------------------------------------------------------------------------------
 # The main job
 
 def main_job(args):
@@ -184,7 +161,7 @@ def main_job(args):
     for name, scores in results.items():
         print_wrong(name, scores)
     print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is "
-          f"better) on held-out text\n\n{table(results)}\n")
+          f"better) on held-out text\n\n{score_table(results)}\n")
     write_json(folder / f"results-{args.split}.json", results)
     print(f"{folder / f'results-{args.split}.json'} written; {time.time() - began:.0f} s in all on "
           f"{describe_machine(device)}")
@@ -210,12 +187,7 @@ def parser():
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    for file in args.keep:
-        if not file.endswith((".jsonl", ".txt")):
-            raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
-        open(file, "rb").close()  # OSError now, not after the training
-    return main_job(args)
+    return main_job(parser().parse_args(argv))
 
 
 if __name__ == "__main__":

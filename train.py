@@ -22,9 +22,8 @@ from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
                           load_resume_state, save_resume_state, task_folder)
-from extras.machine import (Progress, all_reduce_sum, autocast, pick_device, precision,
-                            rank_and_world, set_precision, shard, tf32)
-from extras.machine import describe as describe_machine
+from extras.machine import (Progress, all_reduce_sum, autocast, describe_machine, maybe_compile,
+                            pick_device, precision, rank_and_world, set_precision, shard, tf32)
 from extras.muon import pretraining_optimizers
 from extras.published import read_published
 from extras.user_data import TextFiles, drop_long_items, load_items
@@ -178,13 +177,6 @@ def pretrain(args):
         return {"losses": losses, "model": model.state_dict()}
 
     build_if_stale(path, "foundation", settings, build)
-
-
-def maybe_compile(model, wanted):
-    """Compile the model's blocks for batches of any length, if `wanted`; returns the model."""
-    for block in model.get_submodule(model.block_prefix[:-1]) if wanted else ():
-        block.compile(dynamic=True)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------

@@ -59,11 +59,18 @@ def tf32(device):
         torch.set_float32_matmul_precision(before)
 
 
-def describe(device):
+def describe_machine(device):
     """For example "cpu, 2 threads, float32"."""
     where = (torch.cuda.get_device_name(device) if device.type == "cuda"
              else f"cpu, {torch.get_num_threads()} threads")
     return f"{where}, {precision(device)}"
+
+
+def maybe_compile(model, wanted):
+    """Compile the model's blocks for batches of any length, if `wanted`; returns the model."""
+    for block in model.get_submodule(model.block_prefix[:-1]) if wanted else ():
+        block.compile(dynamic=True)
+    return model
 
 
 def keep_freed_memory():

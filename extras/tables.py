@@ -14,6 +14,27 @@ def markdown(head, rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
+def score_table(results):
+    """One row per model of {model: `eval.evaluate`'s scores}: the target, each kept kind, text, and
+    the averages."""
+    first = next(iter(results.values()))
+    head = ["", f"target (n {first['target']['n']})",
+            *(f"{kind} ({kept['n']})" for kind, kept in first["kept"].items()),
+            *(f"{name} b/B" for name in first["text"]), "Avg1", "Avg2", "GM"]
+    rows = [[name, f"{r['target']['score']:.1f}",
+             *(f"{kept['score']:.1f}" for kept in r["kept"].values()),
+             *(f"{text['score']:.2f}" for text in r["text"].values()),
+             *(f"{r[key]:.1f}" for key in ("Avg1", "Avg2", "GM"))] for name, r in results.items()]
+    return markdown(head, rows)
+
+
+def print_wrong(name, scores):
+    """One wrong answer of each kind of item of a model's `eval.evaluate`."""
+    for kind, s in {"target": scores["target"], **scores["kept"]}.items():
+        for w in s["wrong"][:1]:
+            print(f"  {name}, {kind}: {w['prompt']!r} -> {w['output']!r}, right: {w['right']!r}")
+
+
 def spectrum_table(layers):
     """One row per layer of {name: {C_pre, C_task, ...}}: how many directions the base model uses,
     the share of its inputs' mean square in the 32 it uses least, and γ and the gate at the default

@@ -106,6 +106,10 @@ def evaluation_items(task, split, count, target=None, files=(), skip_bad=False, 
     """{"target" or kind: [Item]}, up to `count` items per kind. The file `target` and those to be
     kept, `files`, replace the task's own items. With a config, items that do not fit its context
     are refused or, with skip_bad, dropped."""
+    for file in files:
+        if not file.endswith((".jsonl", ".txt")):
+            raise ValueError(f"keep is {file}; it must be a .jsonl file of items or a .txt file")
+        open(file, "rb").close()  # OSError now, not after the training
     chosen = file_items(target, skip_bad) if target else load_items(task, split, count, skip_bad)
     names = ["target", *(pathlib.Path(file).stem for file in files)]
     if len(set(names)) < len(names):

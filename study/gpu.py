@@ -17,7 +17,7 @@ import torch
 
 import train
 from extras.files import load, read_cached_json, write_json
-from extras.machine import describe, pick_device
+from extras.machine import describe_machine, pick_device
 from extras.tables import markdown
 from study.speed import MICRO
 
@@ -156,7 +156,7 @@ def gpu(args):
         raise ValueError("no GPU is visible; --rehearse tries every step on the CPU")
     began, folder = time.time(), "rehearsal" if args.rehearse else "gpu"
     path = pathlib.Path(args.out).absolute() / folder / "gpu.json"
-    machine = "a rehearsal on a CPU" if args.rehearse else describe(pick_device())
+    machine = "a rehearsal on a CPU" if args.rehearse else describe_machine(pick_device())
     identity = {"machine": machine, "torch": torch.__version__}
     earlier = read_cached_json(path, identity)
     if path.exists() and not earlier:

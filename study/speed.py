@@ -22,7 +22,7 @@ import train
 from extras.export import merged_files
 from extras.files import write_json
 from extras.llama import LlamaConfig, make_model
-from extras.machine import autocast, describe, pick_device, tf32
+from extras.machine import autocast, describe_machine, pick_device, tf32
 from extras.tables import markdown
 from folora import generalized_eigh
 from model import GPT, GPTConfig, block_linears, generate
@@ -294,7 +294,7 @@ def speed(args):
         gc.collect()
         torch.cuda.empty_cache()  # for the next row
         lines += [line_of(*spec, values) for spec, values in zip(ROWS[row][1], measured[row])]
-    machine = f"{describe(pick_device())}, torch {torch.__version__}"
+    machine = f"{describe_machine(pick_device())}, torch {torch.__version__}"
     print(f"\n{machine}\n")
     print(f"{markdown(list(lines[0]), [list(line.values()) for line in lines])}\n")
     path = pathlib.Path(args.json or f"{args.out}/speed.json")

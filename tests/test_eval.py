@@ -14,7 +14,7 @@ import eval as evaluation
 import tasks
 from extras.baselines import METHODS, default_rate
 from extras.files import load_foundation
-from extras.tables import markdown
+from extras.tables import markdown, score_table
 from extras.user_data import file_items
 from micro import FOLDER, STAGES, main_job, one_mixture, out, write_jsonl  # noqa: F401
 from model import GPT, GPTConfig
@@ -126,7 +126,7 @@ def test_an_answer_ends_with_its_line_unless_answers_have_several(out, monkeypat
 def test_table():
     scores = {"target": {"score": 12.34, "n": 3}, "kept": {"facts": {"score": 5.0, "n": 96}},
               "text": {"prose": {"score": 2.345}}, "Avg1": 5.0, "Avg2": 12.34, "GM": math.nan}
-    head, line, row = evaluation.table({"lora": scores}).splitlines()
+    head, line, row = score_table({"lora": scores}).splitlines()
     assert head == "|      | target (n 3) | facts (96) | prose b/B | Avg1 | Avg2 |  GM |"
     assert row == "| lora |         12.3 |        5.0 |      2.35 |  5.0 | 12.3 | nan |"
     assert set(line) == set("| -") and len(line) == len(head)

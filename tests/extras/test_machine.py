@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 import calibrate
 import train
 from extras import machine
-from extras.machine import (Progress, all_gather, all_reduce_sum, autocast, describe, precision,
-                            rank_and_world, set_precision, shard, tf32)
+from extras.machine import (Progress, all_gather, all_reduce_sum, autocast, describe_machine,
+                            precision, rank_and_world, set_precision, shard, tf32)
 from micro import CALIBRATE, PRETRAIN, adapt
 
 CPU = torch.device("cpu")
@@ -34,7 +34,7 @@ def test_auto_is_bfloat16_exactly_where_it_is_native(monkeypatch, native, auto):
     for choice, expected in (("auto", auto), (None, auto), ("float32", "float32"),
                              ("bfloat16", "bfloat16")):
         set_precision(choice)
-        assert precision(CPU) == expected and describe(CPU).endswith(expected)
+        assert precision(CPU) == expected and describe_machine(CPU).endswith(expected)
         with autocast(CPU):
             product = torch.ones(2, 2) @ torch.ones(2, 2)
         assert product.dtype == getattr(torch, expected)

@@ -123,11 +123,14 @@ def test_a_users_files_replace_what_is_evaluated(tmp_path):
     assert {name: len(items) for name, items in own.items() if name != "facts"} == {
         "target": 7, "lookup": 7, "sums": 7, "words": 7}
     target = written(tmp_path / "t.jsonl", *pairs(30))
-    kept = written(tmp_path / "k.jsonl", *pairs(12))
-    items = evaluation_items("code", "test", 20, target, [kept, "prose.txt"], config=GPTConfig())
+    kept, text = written(tmp_path / "k.jsonl", *pairs(12)), tmp_path / "prose.txt"
+    text.write_text("some text")
+    items = evaluation_items("code", "test", 20, target, [kept, str(text)], config=GPTConfig())
     assert {name: len(chosen) for name, chosen in items.items()} == {"target": 20, "k": 12}
     with pytest.raises(ValueError, match="each needs a name of its own"):
         evaluation_items("code", "test", 20, None, [kept, kept])
+    with pytest.raises(FileNotFoundError):  # before any work
+        evaluation_items("code", "test", 20, None, [f"{text}.txt"])
 
 
 # ------------------------------------------------------------------------------------------------
