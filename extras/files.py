@@ -16,10 +16,10 @@ import torch
 
 import tasks
 from extras.bpe import ByteLevelBPE
-from extras.llama import make_model
+from extras.llama import Llama, LlamaConfig
 from extras.baselines import protect
 from extras.machine import barrier, rank_and_world, release_freed_memory
-from model import GPT, add_lora, merge_lora
+from model import GPT, GPTConfig, add_lora, merge_lora
 
 try:
     import fcntl
@@ -187,6 +187,11 @@ def load_resume_state(partial, settings, trained, optimizers):
         optimizer.load_state_dict(saved)
     print(f"  continuing after step {len(state['losses'])} of an interrupted run")
     return state["losses"]
+
+
+def make_model(config):
+    """The Llama or GPT, with random weights, of a dict of its configuration."""
+    return Llama(LlamaConfig(**config)) if "n_kv_head" in config else GPT(GPTConfig(**config))
 
 
 def load_foundation(out, device):

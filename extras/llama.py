@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
-from model import GPT, GPTConfig, cached_attention, causal_attention
+from model import cached_attention, causal_attention
 
 
 @dataclass
@@ -156,8 +156,3 @@ class Llama(nn.Module):
             x = block(x, rotary, pos, cache)
         x = last(x, rotary, pos, cache, only)  # its MLP only where wanted
         return self.model.norm(x)
-
-
-def make_model(config):
-    """The Llama or GPT, with random weights, of a dict of its configuration."""
-    return Llama(LlamaConfig(**config)) if "n_kv_head" in config else GPT(GPTConfig(**config))

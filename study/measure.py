@@ -5,8 +5,8 @@ import torch
 
 import train
 from extras.baselines import kaiming_start
+from extras.files import make_model
 from extras.grouped import GroupedSAdam
-from extras.llama import make_model
 from extras.machine import pick_device
 from extras.moments import input_twin
 from folora import damped

@@ -20,8 +20,8 @@ import calibrate
 import tasks
 import train
 from extras.export import merged_files
-from extras.files import write_json
-from extras.llama import LlamaConfig, make_model
+from extras.files import make_model, write_json
+from extras.llama import LlamaConfig
 from extras.machine import autocast, describe_machine, pick_device, tf32
 from extras.tables import markdown
 from folora import generalized_eigh

@@ -14,8 +14,8 @@ from hypothesis import given, strategies as st
 import calibrate
 from extras import bpe, published
 from extras.bpe import ByteLevelBPE
-from extras.files import load_foundation, save
-from extras.llama import LlamaConfig, make_model
+from extras.files import load_foundation, make_model, save
+from extras.llama import LlamaConfig
 from extras.published import config_json, folder_config, pairs_to_halves, read_published
 from model import LoRALinear, add_lora, block_linears, generate, merge_lora
 from tiny_llama import (VOCAB, tiny, tokenizer_json, vocabulary, write_folder,

@@ -18,7 +18,9 @@ def test_the_plan_begins_with_what_tells_most_and_repeats_nothing():
     runs = plan()
     assert [(run.task, run.arm) for run in runs[:2]] == [("gsm8k", "lora r32, seed 0"),
                                                          ("gsm8k", "folora r32, seed 0")]
-    assert len(set(runs)) == len(runs) == 3 * 3 * 10 + 2 * 6
+    assert {(run.task, run.seed) for run in runs[:18]} == {(task, seed) for task in pretrained.TASKS
+                                                           for seed in (0, 1)}
+    assert len(set(runs)) == len(runs) == 3 * (3 * 11 + 2 * 3)
     assert Run("mbpp", "lora", 32, 2).rate == 1.3e-3  # 2 x 4e-3 x 96 / 576
 
 
