@@ -56,7 +56,7 @@ class Run(NamedTuple):
 
     @property
     def arm(self):
-        return f"{self.method}{f' r{self.rank}' if self.rank else ''}, seed {self.seed}"
+        return f"{self.method}{f' r{self.rank}' if self.rank else ''}"
 
     @property
     def rate(self):
@@ -200,20 +200,28 @@ def pretrained(args):
 
 
 def report(before, done):
-    """Two tables per task: at one loss on the task, and of every run."""
+    """Two tables per task: at one loss on the task, and of every run. "a / b": of two seeds."""
     texts = []
     for task in dict.fromkeys(run.task for run in done if run.method == "lora"):
         own, runs = f"{task} nats", sorted((run for run in done if run.task == task),
-                                           key=lambda run: run.rate)
+                                           key=lambda run: (run.seed, run.rate))
         best = min(done[run][own] for run in runs if run.method == "lora")
         loss = before[own] - SHARE * (before[own] - best)
         columns = [own, *(c for c in before if c not in (own, "identity", "answers"))]
-        curves = {run.arm: [before] + [done[r] for r in runs if r.arm == run.arm] for run in runs}
-        at = {arm: {c: crossing([(-p[own], p[c]) for p in points], -loss) for c in columns}
-              for arm, points in curves.items()}
-        every = {f"{run.arm}, rate {run.rate:g}": done[run] for run in runs}
+        at, every = {}, {}  # {row: its scores, one dict per seed}
+        for arm in dict.fromkeys(run.arm for run in done if run.task == task):
+            curves = {}
+            for run in (run for run in runs if run.arm == arm):
+                curves.setdefault(run.seed, [before]).append(done[run])
+                every.setdefault(f"{arm}, {run.rate:g}", []).append(done[run])
+            at[arm] = [{c: crossing([(-p[own], p[c]) for p in points], -loss) for c in columns}
+                       for points in curves.values()]
         for title, rows in (f"at {loss:.3f} nats", at), ("every run", every):
-            rows = [[name, *("-" if row[c] is None else f"{row[c]:.3f}" for c in columns)]
-                    for name, row in ({"before": before} | rows).items()]
-            texts.append(f"{task}, {title}\n\n{markdown(['', *columns], rows)}")
+            cells = [[name, *(" / ".join(shown(seed[c], c) for seed in row) for c in columns)]
+                     for name, row in ({"before": [before]} | rows).items()]
+            texts.append(f"{task}, {title}\n\n{markdown(['', *columns], cells)}")
     return "\n\n".join(texts) + "\n"
+
+
+def shown(value, column):
+    return "-" if value is None else f"{value:.{0 if column.endswith('%') else 3}f}"
