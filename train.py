@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import tasks
-from extras.baselines import METHODS, added_loss, default_rate, protect
+from extras.baselines import METHODS, added_loss, default_rate, protect, pull_strength
 from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
@@ -47,7 +47,7 @@ ADAPT = {
     "tau": (0.01, "damping of C_pre, relative to its mean diagonal"),
     "mu": (5.0, "μ of the KL penalty, for methods that have one"),
     "rehearsal": (1.0, "weight of the loss on base-model samples, for methods that have one"),
-    "pull": (5.0, "strength of pulling back at rank 32; it grows in proportion to the rank"),
+    "pull": (5.0, "strength of pulling back at rank 32 and width 96; it grows with both"),
     "basis_dtype": ("float32", "of SAdam's bases; bfloat16 takes half the memory",
                     ("float32", "bfloat16")),
     "calibration": ("calibration", "name of the calibration, as calibrate.py wrote it"),
@@ -188,9 +188,9 @@ def adapt(args, methods=METHODS, loop=training_loop):
     set_precision(args.precision)
     # Load the task, the foundation, and what calibrate.py measured (the README's step 1).
     device, method = pick_device(), methods[args.method]
-    args.lr = default_rate(method, args.rank) if args.lr is None else args.lr
     items = load_items(args.task, "train", args.examples, args.skip_bad)
     model, foundation = load_foundation(args.out, device)
+    args.lr = default_rate(method, args.rank, model.config.n_embd) if args.lr is None else args.lr
     calibration = load_calibration(args, foundation) if method.needs_calibration else None
     batch = task_batches(args, items, model.config)
     settings = dict(foundation=foundation, measured=calibration and calibration["settings"],
@@ -218,7 +218,7 @@ def adapt(args, methods=METHODS, loop=training_loop):
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = method.optimizer(trained, spectral, lr=args.lr,
                                      basis_dtype=getattr(torch, args.basis_dtype))
-        optimizer.strength = args.pull * args.rank / 32  # read by PullBack alone
+        optimizer.strength = pull_strength(args.pull, args.rank, model.config.n_embd)
         added = added_loss(method, model, layers, calibration, args)
         spectral.clear(), (calibration or {}).clear()  # frees memory: neither is read again
         losses = loop(model, [optimizer], batch, settings, path.with_suffix(".partial"),

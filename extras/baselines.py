@@ -241,6 +241,7 @@ class Method:
         return bool(self.needs_moments or self.penalty or self.rehearsal)
 
 
+WIDTH = 96  # of the models on which rates and strengths were found
 # Default rates: in sweeps of 200 steps at rank 8 each reached 80 % of LoRA's best validation score
 # on all three tasks, where any rate did (otherwise 8e-3); here √2 smaller, as there are 400 steps.
 # How folora-pull-back's was set: docs/results.md.
@@ -277,7 +278,15 @@ METHODS = {
 }
 
 
-def default_rate(method, rank):
-    """The method's own rate. Adapters of higher rank learn at lower rates: in the sweeps of
-    docs/results.md by rank^-¾ for FoLoRA, by rank^-½ for LoRA; all take ¾ here."""
-    return float(f"{method.lr * (8 / max(1, rank)) ** 0.75:.2g}") if method.start else method.lr
+def default_rate(method, rank, width):
+    """The method's own rate, found at rank 8 on models WIDTH wide. Adapters of higher rank learn at
+    lower rates: in the sweeps of docs/results.md by rank^-¾ for FoLoRA, by rank^-½ for LoRA; all
+    take ¾ here. So do wider models, by 1 / width: docs/pretrained.md."""
+    by_rank = (8 / max(1, rank)) ** 0.75 if method.start else 1
+    return float(f"{method.lr * by_rank * min(1, WIDTH / width):.2g}")
+
+
+def pull_strength(pull, rank, width):
+    """PullBack's strength, `pull` at rank 32 on models WIDTH wide. Higher ranks need more of it;
+    on wider models, where rates are lower, it takes back the same share a step."""
+    return pull * rank / 32 * max(1, width / WIDTH)

@@ -100,7 +100,8 @@ def train_parser(description, runs, pretrain_options, adapt_options, methods):
     a.add_argument("--method", default="folora", choices=methods, metavar="METHOD",
                    help=f"one of {', '.join(methods)}")
     a.add_argument("--lr", type=nonneg_float,
-                   help="peak learning rate; default: the method's own, lower at higher ranks")
+                   help="peak learning rate; default: the method's own, lower at higher ranks "
+                        "and widths")
     add_options(a, adapt_options, ("steps", "batch", "examples"))
     e = commands.add_parser("export", help="write weights that transformers and PEFT read")
     e.add_argument("--adapter", help="an adapter.pt; without one, the foundation itself")

@@ -39,7 +39,6 @@ SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4, ("dist
          ("replay", 32): 5, ("lora-null", 32): 3, ("sadam-full", 0): -1, ("lora-kl", 32): 5,
          ("folora", 8): 6, ("lora", 8): 6, ("full", 0): -3}
 MAIN = 3  # of these, how many are run first
-PULL = 60  # the small models' 10 times 576 / 96, since the rates are divided by that
 MADE = ("sums", "copying")  # kinds of questions that are in no file
 WORDS = "river stone apple window garden silver music paper winter table horse letter".split()
 PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empire was",
@@ -172,7 +171,7 @@ def do(run, out, items, texts, identity):
         if run.method != "lora":
             calibrate.main([*common, *CALIBRATE])
         options = (f"--method {run.method} --rank {run.rank or 8} --lr {run.rate:g} --seed "
-                   f"{run.seed} --steps {STEPS} --batch {BATCH} --pull {PULL}")
+                   f"{run.seed} --steps {STEPS} --batch {BATCH} --pull 10")
         adapter = train.main(["adapt", *common, *options.split()])
         found = measure(load_adapter(adapter, out, pick_device()), items, texts)
         if not run.rank:

@@ -138,7 +138,7 @@ def test_table():
 
 def test_every_stage_left_its_result(job):
     names = {str(path.relative_to(job)) for path in times(job)}
-    runs = [f"code/{name}-lr{default_rate(METHODS[name], 2):g}-seed0{FOLDER}"
+    runs = [f"code/{name}-lr{default_rate(METHODS[name], 2, 16):g}-seed0{FOLDER}"
             for name in METHODS_RUN]
     assert names == {"foundation.pt", "proxy.pt", "code/calibration.pt",
                      "code/foundation-test.json", "code/results-test.json",

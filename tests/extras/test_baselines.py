@@ -20,7 +20,7 @@ from extras import machine
 from extras.baselines import (METHODS, corda_start, default_rate, diagonal, distill_loss,
                               fisher, isotropic, kaiming_start, kl_penalty, kl_term, leading_start,
                               lora_null_start, milora_start, oplora_protected, pissa_start,
-                              PullBack, protect, rehearsal_term, replay_loss, sadam,
+                              PullBack, protect, pull_strength, rehearsal_term, replay_loss, sadam,
                               sc_lora_start, truncated)
 from folora import (SAdam, damped, forgetting_penalty, null_space_start, solve_layer,
                     spectral_gate)
@@ -630,10 +630,14 @@ def test_every_method_moves_what_it_trains_and_nothing_else(name):
     assert moved - {"lm_head.weight"} == trained.keys()  # tied to the embedding
 
 
-def test_default_rates_fall_with_an_adapters_rank():
-    """The table's own at rank 8; full weights have no rank. A rank of 0 is refused elsewhere."""
+def test_default_rates_fall_with_an_adapters_rank_and_a_models_width():
+    """The table's own at rank 8 on the small foundation and narrower ones; full weights have no
+    rank. A rank of 0 is refused elsewhere. Pulling back takes back the same share at each width."""
     folora, full = METHODS["folora"], METHODS["full"]
-    assert default_rate(folora, 8) == folora.lr and default_rate(folora, 32) == 2e-3
-    rates = [default_rate(folora, rank) for rank in (0, 1, 2, 4, 8, 16, 32, 64)]
+    assert default_rate(folora, 8, 16) == folora.lr and default_rate(folora, 32, 96) == 2e-3
+    assert default_rate(folora, 32, 768) == 2.5e-4 and default_rate(full, 8, 240) == 1e-4
+    assert pull_strength(5, 32, 96) == 5 and pull_strength(5, 8, 16) == 1.25
+    assert pull_strength(10, 32, 576) == 60
+    rates = [default_rate(folora, rank, 96) for rank in (0, 1, 2, 4, 8, 16, 32, 64)]
     assert rates[0] == rates[1] and rates[1:] == sorted(rates[1:], reverse=True)
-    assert {default_rate(full, rank) for rank in (0, 8, 32)} == {full.lr}
+    assert {default_rate(full, rank, 96) for rank in (0, 8, 32)} == {full.lr}
