@@ -8,9 +8,9 @@ A target task is scored by its checker, kept knowledge by exact match, both on g
 Avg1 is the mean of the kept scores, Avg2 the target score, GM = √(Avg1·Avg2).
 """
 import math
-import platform
 import shlex
 import time
+from platform import python_version
 
 import torch
 
@@ -22,7 +22,7 @@ from extras.files import (cached_json, fingerprint, load_adapter, load_foundatio
                           write_json)
 from extras.machine import Progress, describe_machine, pick_device, set_precision
 from extras.tables import print_wrong, score_table
-from extras.user_data import evaluation_items, read_text, read_texts
+from extras.user_data import check_fits, evaluation_items, read_text, read_texts
 from model import generate
 
 MAIN_JOB = ["lora", "folora", "folora-pull-back"]  # its methods
@@ -112,7 +112,7 @@ def scores_of(path, model, items, args):
     """Scores of a model, cached as JSON at `path` while its weights and the items stay the same."""
     content = (i.prompt + i.answer for chosen in items.values() for i in chosen)
     identity = {"model": fingerprint(model.state_dict()), "task": args.task, "split": args.split,
-                "text": tasks.fingerprint(content), "python": platform.python_version(),
+                "text": tasks.fingerprint(content), "python": python_version(),
                 "keep": tasks.fingerprint(map(read_text, args.keep))}
     return cached_json(path, identity,
                        lambda: evaluate(model, items, args.split, text=read_texts(args.keep)))
@@ -138,10 +138,10 @@ def main_job(args):
     def stage(title):
         print(f"\n== {title} ({time.time() - began:.0f} s) ==", flush=True)
 
-    print(f"{describe_machine(device)}; Python {platform.python_version()}, torch "
-          f"{torch.__version__}")
+    print(f"{describe_machine(device)}; Python {python_version()}, torch {torch.__version__}")
     stage("pretrain: the foundation")
     train.pretrain(pretrain)
+    check_fits(load_foundation(args.out, device)[0], adapt)  # a mistake shows before calibrating
     stage("calibrate: what the foundation uses, what the task uses")
     calibrate.calibrate(measure)
     runs = {}

@@ -145,7 +145,7 @@ def pretrain(args):
     set_precision(args.precision)
     path, device = pathlib.Path(args.out) / "foundation.pt", pick_device()
     if args.foundation != "tiny":
-        model, tokenizer = read_published(args.foundation, args.context or 512)
+        model, tokenizer = read_published(args.foundation, args.context)
         settings = {"config": vars(model.config), "source": fingerprint(model.state_dict())}
         return build_if_stale(path, "foundation", settings,
                               lambda: {"model": model.state_dict(), **tokenizer})

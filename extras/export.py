@@ -4,6 +4,7 @@ import pathlib
 import torch
 
 import tasks
+from extras.bpe import ByteLevelBPE, tokenizer_json
 from extras.files import atomic_write, load_adapter, load_foundation, write_json
 from extras.gpt2 import gpt2_layout
 from extras.published import config_json
@@ -11,16 +12,24 @@ from model import GPT, LoRALinear, block_linears
 
 
 def export(args):
-    """Write the folder args.to: the foundation, a merged model, or a PEFT adapter."""
+    """Write the folder args.to: the foundation or a merged model, a Llama's tokenizer beside it, or
+    a PEFT adapter."""
     folder, peft = pathlib.Path(args.to), args.adapter and args.format == "peft"
     model = (load_adapter(pathlib.Path(args.adapter), args.out, "cpu", merge=not peft)
              if args.adapter else load_foundation(args.out, "cpu")[0])
     config, weights = peft_files(model, args.adapter) if peft else merged_files(model)
-    names = (("adapter_config.json", "adapter_model.bin") if peft else
-             ("config.json", "pytorch_model.bin"))
-    atomic_write(folder / names[1], lambda f: torch.save(weights, f))
-    write_json(folder / names[0], config)
-    print(f"{folder}: {' and '.join(names)} written")
+    bin_file, json_file = (("adapter_model.bin", "adapter_config.json") if peft else
+                           ("pytorch_model.bin", "config.json"))
+    files, encoding = {json_file: config}, tasks.get_encoding(model.config.encoding)
+    if not peft and isinstance(encoding, ByteLevelBPE):
+        content = tokenizer_json(encoding.tokenizer)
+        end = next(t["content"] for t in content["added_tokens"] if t["id"] == encoding.eot_token)
+        files |= {"tokenizer.json": content, "tokenizer_config.json": dict(
+            tokenizer_class="PreTrainedTokenizerFast", bos_token=end, eos_token=end)}
+    atomic_write(folder / bin_file, lambda f: torch.save(weights, f))
+    for name, content in files.items():
+        write_json(folder / name, content)
+    print(f"{folder}: {', '.join([bin_file, *files])} written")
 
 
 def merged_files(model):

@@ -14,7 +14,7 @@ import pathlib
 import numpy as np
 import torch
 
-from extras.bpe import gguf_tokenizer, json_tokenizer
+from extras.bpe import ByteLevelBPE, gguf_tokenizer, json_tokenizer
 from extras.files import friendly_errors
 from extras.gpt2 import GPT2, download, from_gpt2
 from extras.llama import Llama, LlamaConfig
@@ -32,13 +32,16 @@ ONLY = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "rope_
 
 def read_published(source, context):
     """Read published weights; returns (model, what else foundation.pt is to hold of it). That is
-    nothing for GPT-2; for a Llama, whose context becomes `context` tokens, its "tokenizer" (see
-    bpe.py). ValueError says in one line what cannot be read or is not supported."""
+    nothing for GPT-2; for a Llama, whose context becomes `context` tokens (0: see
+    `chosen_context`), its "tokenizer" (see bpe.py). ValueError says in one line what cannot be read
+    or is not supported."""
     path = smollm2_path() if source == "smollm2" else pathlib.Path(source)
     file, content, advice = path / "config.json", {}, "give a complete model of a supported kind"
     if file.is_file():
         with friendly_errors(file, advice):
             content = json.loads(file.read_bytes())
+            if not isinstance(content, dict):
+                raise ValueError("it is not a JSON object")
     if content.get("model_type", "gpt2") == "gpt2" and path.suffix != ".gguf":
         weights = download(source) if source in GPT2 else read_weights(path)
         with friendly_errors(path, advice):
@@ -46,6 +49,9 @@ def read_published(source, context):
     config, weights, tokenizer = (read_gguf(path, context) if path.suffix == ".gguf" else
                                   read_folder(path, content, context))
     with friendly_errors(path, advice):
+        size = ByteLevelBPE(config.encoding, tokenizer).n_vocab
+        if size > config.vocab_size:
+            raise ValueError(f"its tokenizer has {size} tokens, its model {config.vocab_size}")
         return build(config, weights), {"tokenizer": tokenizer}
 
 
@@ -54,15 +60,19 @@ def build(config, weights):
     weights = {name: t.float() for name, t in weights.items()
                if not name.endswith("rotary_emb.inv_freq")}  # a constant, in old files
     if config.tied:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        tied = weights["model.embed_tokens.weight"]
+        if not torch.equal(weights.setdefault("lm_head.weight", tied), tied):
+            raise ValueError("its lm_head.weight differs from the embedding, to which it is tied")
     model = Llama(config)
     model.load_state_dict(weights)
     return model
 
 
-def check_context(context, trained):
+def chosen_context(context, trained):
+    """The context asked for, by default 512 tokens; at most what the model was trained for."""
     if context > trained:
         raise ValueError(f"it was trained for a context of {trained} tokens, not of {context}")
+    return context or min(512, trained)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -93,13 +103,13 @@ def read_gguf(path, context):
             return reader.fields[key].contents() if key in reader.fields else default[0]
 
         config = gguf_config(field, {t.name: t.data.shape for t in reader.tensors})
-        check_context(context, config.block_size)
-        config.block_size, (config.encoding, tokenizer) = context, gguf_tokenizer(field)
+        config.block_size = chosen_context(context, config.block_size)
+        config.encoding, tokenizer = gguf_tokenizer(field)
         weights = {}
         for t in reader.tensors:
             weight = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), np.float32))
             *block, part, kind = t.name.split(".")  # blk.3.attn_q.weight, or output_norm.weight
-            if part in ("attn_q", "attn_k"):
+            if part in ("attn_q", "attn_k") and weight.dim() == 2:  # a bias is refused below
                 heads = config.n_head if part == "attn_q" else config.n_kv_head
                 weight = pairs_to_halves(weight, heads)
             prefix = f"model.layers.{block[-1]}." if block else ""
@@ -112,8 +122,9 @@ def gguf_config(field, shapes):
     architecture = field("general.architecture")
     if architecture != "llama":
         raise ValueError(f"its architecture is {architecture!r}; only 'llama' is supported")
-    for key in "expert_count", "rope.scaling.type", "attention.sliding_window":
-        if field(f"llama.{key}", None) not in (None, 0, "none"):
+    for key in ("expert_count", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+                "attention.sliding_window"):
+        if field(f"llama.{key}", None) not in (None, 0, "none", 1.):
             raise ValueError(f"it has {key} = {field(f'llama.{key}')!r}, which is not supported")
     heads, width = field("llama.attention.head_count"), field("llama.embedding_length")
     config = LlamaConfig(
@@ -160,20 +171,21 @@ def folder_config(config, context):
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if rope.get("rope_type", rope.get("type", "default")) != "default":
         raise ValueError(f"its rope_scaling is {json.dumps(rope)[:60]}; only none is supported")
+    context = chosen_context(context, config["max_position_embeddings"])
     window = config.get("sliding_window", 4096 if config["model_type"] == "mistral" else None)
-    if window and window < context:
+    if window and window < context and config.get("use_sliding_window", True):
         raise ValueError(f"its sliding_window is {window}, less than the context of {context}; "
                          "this is not supported")
-    heads, width = config["num_attention_heads"], config["hidden_size"]
-    if config.get("head_dim") not in (None, width // heads):
-        raise ValueError(f"its head_dim is {config['head_dim']}; only {width // heads}, width by "
-                         "heads, is supported")
-    check_context(context, config["max_position_embeddings"])
-    return LlamaConfig(
+    heads = config["num_attention_heads"]
+    made = LlamaConfig(
         context, config["vocab_size"], config["num_hidden_layers"], heads,
-        config.get("num_key_value_heads") or heads, width, config["intermediate_size"],
-        config.get("rope_theta") or rope.get("rope_theta", 10000.), config["rms_norm_eps"],
-        config.get("tie_word_embeddings", False))
+        config.get("num_key_value_heads") or heads, config["hidden_size"],
+        config["intermediate_size"], config.get("rope_theta") or rope.get("rope_theta", 10000.),
+        config["rms_norm_eps"], config.get("tie_word_embeddings", False))
+    if config.get("head_dim") not in (None, made.kv_shape[1]):
+        raise ValueError(f"its head_dim is {config['head_dim']}; only {made.kv_shape[1]}, width by "
+                         "heads, is supported")
+    return made
 
 
 def config_json(config, end):
@@ -202,6 +214,9 @@ def read_safetensors(path):
     tensors = {}
     for name, entry in header.items():
         first, last = entry["data_offsets"]
+        if entry["dtype"] not in dtypes or not 0 <= first <= last <= len(content) - start:
+            raise ValueError(f"{name} is of type {entry['dtype']} at {first} to {last}; supported "
+                             f"are {', '.join(dtypes)}, inside the file")
         raw = torch.frombuffer(content[start + first:start + last], dtype=dtypes[entry["dtype"]])
         tensors[name] = raw.reshape(entry["shape"])
     return tensors

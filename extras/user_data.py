@@ -6,6 +6,8 @@ import pathlib
 import re
 from dataclasses import replace
 
+from extras.baselines import METHODS
+from model import block_linears
 from tasks import (EOT, HELD_OUT, KEPT, KINDS, QUESTION, TEMPLATE, Chunks, Item, final_number,
                    fingerprint, get_encoding, kept_items, response_row, task_items)
 
@@ -100,6 +102,17 @@ def drop_long_items(items, encoding, length, skip_bad=False):
                              "leaves them out)")
         print(f"  {long} of {len(items)} items do not fit the context of {length} and are left out")
     return [list(itertools.compress(column, fits)) for column in (items, rows)]
+
+
+def check_fits(model, runs):
+    """ValueError if the training items, or the rank, of one of `runs` do not fit the model."""
+    narrow = min((min(layer.weight.shape), name) for name, layer in block_linears(model).items())
+    for args in runs:
+        items = load_items(args.task, "train", args.examples, args.skip_bad)
+        drop_long_items(items, get_encoding(model.config.encoding), model.config.block_size,
+                        args.skip_bad)
+        if METHODS[args.method].start and args.rank > narrow[0]:
+            raise ValueError(f"rank is {args.rank}; {narrow[1]} takes 1 to {narrow[0]}")
 
 
 def evaluation_items(task, split, count, target=None, files=(), skip_bad=False, config=None):

@@ -255,6 +255,7 @@ GOOD = [{"prompt": "a", "completion": "b"}] * 30
     (["--task", "{task}", "--eval", "{missing}"], "No such file .*missing.jsonl"),
     (["--task", "{task}", "--keep", "{items}", "--keep", "{items}"], "each needs a name of its own"),
     (["--task", "{task}", "--keep", "{short}"], "a text of 6 characters is too short for a row of"),
+    (["--adapt", "--rank 17"], "rank is 17; transformer.h.0.attn.c_attn takes 1 to 16"),
     (["--task", "{bad}"], "bad.jsonl, line 2")])
 def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer):
     names = {**files, "missing": tmp_path / "missing.jsonl", "short": tmp_path / "short.txt",
@@ -263,6 +264,7 @@ def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer
     names["short"].write_text("short\n")
     with pytest.raises((ValueError, OSError), match=answer):
         main_job(out, "--methods", "lora", *(argument.format(**names) for argument in arguments))
+    assert not (out / "long" / "calibration.pt").exists()  # before that work
 
 
 def test_long_rows_can_be_left_out(out, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 import calibrate
 import eval as evaluation
+import tasks
 import train
 from extras.files import load_adapter, load_foundation
 from extras.llama import Llama
@@ -14,7 +15,7 @@ from extras.published import read_published
 from extras.user_data import evaluation_items
 from micro import ADAPT, CALIBRATE, FOLDER, adapt, error_line
 from model import LoRALinear, block_linears
-from tiny_llama import tiny, tokenizer_json, write_folder
+from tiny_llama import tiny, write_folder
 
 METHODS = "folora", "lora", "sadam-full"
 
@@ -63,10 +64,11 @@ def test_merged_weights_are_a_foundation_again(out, tmp_path):
                                                     str(adapter(out, "sadam-full"))]}.items():
         folder = tmp_path / source
         train.main(["export", "--to", str(folder), "--out", str(out), *options])
-        (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json()))
         model = (load_adapter(adapter(out, "sadam-full"), out, "cpu") if options
                  else load_foundation(out, "cpu")[0])
-        assert torch.equal(read_published(str(folder), 200)[0](tokens()), model(tokens()))
+        read, more = read_published(str(folder), 200)
+        assert torch.equal(read(tokens()), model(tokens())) and read.config == model.config
+        assert more["tokenizer"] == tasks.get_encoding(model.config.encoding).tokenizer
 
 
 @torch.no_grad()
@@ -95,6 +97,10 @@ def test_transformers_and_peft_compute_what_the_model_does(out, tmp_path):
                           "merged": ["--adapter", str(adapter(out, "lora")), "--format", "merged"],
                           }.items():
         train.main(["export", "--to", str(tmp_path / name), "--out", str(out), *options])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    own = tasks.get_encoding(load_foundation(out, "cpu")[0].config.encoding)
+    assert tokenizer("the thing 12").input_ids == own.encode_ordinary("the thing 12")
+    assert tokenizer.eos_token_id == own.eot_token
     read = transformers.AutoModelForCausalLM.from_pretrained
     base, merged = read(tmp_path / "base").eval(), read(tmp_path / "merged").eval()
     expected = load_foundation(out, "cpu")[0](tokens())

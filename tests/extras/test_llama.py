@@ -1,6 +1,8 @@
 """The Llama family: the transformer, its weights from GGUF files and folders, its tokenizer."""
+import gzip
 import importlib.util
 import json
+import pathlib
 import re
 import sys
 import types
@@ -211,20 +213,26 @@ def test_ids_are_those_of_the_tokenizers_library(tmp_path):
 
 def test_each_way_to_split_text():
     level = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": r"\w+|\W"}, "behavior": "Isolated"}
+    split = {"type": "Split", "pattern": {"Regex": r"\w+"}, "behavior": "Isolated"}
     assert bpe.split_of(level) == bpe.GPT2_SPLIT
-    assert bpe.split_of({"type": "Sequence", "pretokenizers": [
-        split, level | {"use_regex": False}]}) == r"\w+|\W"
+    pattern = bpe.split_of({"type": "Sequence", "pretokenizers": [
+        split, level | {"use_regex": False}]})
+    assert regex.findall(pattern, "two, .. 3") == ["two", ", .. ", "3"]  # nothing is lost
 
 
 @pytest.mark.parametrize("change, message", [
     (dict(model=dict(type="Unigram")), "not byte-level BPE"),
     (dict(model=dict(type="BPE", byte_fallback=True)), "not byte-level BPE"),
     (dict(normalizer={"type": "NFC"}), "not byte-level BPE without a normalizer"),
-    (dict(model=dict(type="BPE", vocab={"▁the": 0}, merges=[])), "'▁the' is not spelled in GPT"),
-    (dict(model=dict(type="BPE", vocab={"a": 0, "b": 1, "aa": 3, "ab": 2},
+    (dict(model=dict(type="BPE", vocab={"▁the": 1}, merges=[])), "'▁the' is not spelled in GPT"),
+    (dict(model=dict(type="BPE", vocab={"a": 1, "b": 2, "aa": 4, "ab": 3},
                      merges=["a a", "a b"])), "not in the order of its merges"),
+    (dict(model=dict(type="BPE", vocab={"a": 1, "b": 1}, merges=[])), "ids are not one to a token"),
+    (dict(model=dict(type="BPE", vocab={"a": 1, "aa": 2}, merges=[])), "'aa' as a token or a merge"),
+    (dict(model=dict(type="BPE", vocab={"a": 1}, merges=["a a"])), "'aa' as a token or a merge"),
+    (dict(model=dict(type="BPE", end_of_word_suffix="</w>")), "end_of_word_suffix is '</w>'"),
     (dict(added_tokens=[]), "no <|endoftext|> and names no other end"),
+    (dict(pre_tokenizer={"type": "Sequence", "pretokenizers": []}), "not supported"),
     (dict(pre_tokenizer={"type": "Metaspace"}), "splits text in a way that is not supported"),
     (dict(pre_tokenizer=None), "splits text in a way that is not supported: null")])
 def test_another_tokenizer_is_refused(change, message):
@@ -233,7 +241,42 @@ def test_another_tokenizer_is_refused(change, message):
     assert "\n" not in str(error.value)
 
 
+def test_tokens_that_only_fill_the_vocabulary_up_have_no_text():
+    encoding = ByteLevelBPE(*bpe.json_tokenizer(tokenizer_json()))
+    assert encoding.decode([*encoding.encode_ordinary("the"), 265, 299]) == "the"
+
+
+def test_a_token_without_a_merge_where_merges_may_be_ignored():
+    """It is used where it is all of a piece of text, and nowhere else."""
+    vocab, merges, _ = vocabulary()
+    content = tokenizer_json(model=dict(type="BPE", vocab=vocab | {"xyz": 265}, merges=merges,
+                                        ignore_merges=True))
+    encoding = ByteLevelBPE(*bpe.json_tokenizer(content))
+    assert encoding.encode_ordinary("xyz") == [265] and encoding.n_vocab == 266
+    assert encoding.encode_ordinary("wxyz") == [vocab[c] for c in "wxyz"]
+
+
+@pytest.mark.parametrize("pre_tokenizer", [
+    tokenizer_json()["pre_tokenizer"], {"type": "ByteLevel", "add_prefix_space": False},
+    {"type": "Sequence", "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": r"\w+|\s|\d"}, "behavior": "Isolated"},
+        {"type": "ByteLevel", "use_regex": False}]}])
+def test_what_is_written_for_transformers_is_the_same_tokenizer(pre_tokenizer):
+    """Merges are found again from the ids alone."""
+    content = tokenizer_json(pre_tokenizer=pre_tokenizer)
+    tokenizer = bpe.json_tokenizer(content)[1]
+    written = bpe.tokenizer_json(tokenizer)
+    assert written["model"]["merges"] == content["model"]["merges"]
+    own, again = ByteLevelBPE("a", tokenizer), ByteLevelBPE(*bpe.json_tokenizer(written))
+
+    @given(TEXT)
+    def equal(text):
+        assert again.encode_ordinary(text) == own.encode_ordinary(text)
+    equal()
+
+
 def test_the_end_of_a_text_under_another_name():
+    assert ByteLevelBPE(*bpe.json_tokenizer(tokenizer_json(), end=[0, 2])).eot_token == 0
     content = tokenizer_json(added_tokens=[{"content": "</s>", "id": 0}])
     content["model"]["vocab"].pop("<|endoftext|>")
     assert ByteLevelBPE(*bpe.json_tokenizer(content, end=0)).eot_token == 0
@@ -295,6 +338,9 @@ def test_a_folder_of_half_precision_or_of_a_bin_file(tmp_path):
     (dict(num_hidden_layers=3), "Missing key.*model.layers.2"),
     (dict(num_hidden_layers=1), "Unexpected key.*model.layers.1"),
     (dict(vocab_size=301), "size mismatch for model.embed_tokens.weight"),
+    (dict(vocab_size=200), "its tokenizer has 265 tokens, its model 200"),
+    (dict(num_attention_heads=0, num_key_value_heads=2), "n_head is 0"),
+    (dict(hidden_size="48"), "n_embd is '48'"),
     (dict(tie_word_embeddings=False), "Missing key.*lm_head.weight")])
 def test_a_folder_that_is_no_such_llama_is_refused_by_name(tmp_path, change, message):
     write_folder(tmp_path, tiny(), **change)
@@ -312,9 +358,10 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
         with pytest.raises(ValueError, match="model-1.safetensors cannot be read"):
             read_published(str(tmp_path), 40)
     for name in "model.safetensors.index.json", "tokenizer.json", "config.json":
-        (tmp_path / name).write_text("{")
-        with pytest.raises(ValueError, match=f"{name} cannot be read"):
-            read_published(str(tmp_path), 40)
+        for text in "{", "[]":
+            (tmp_path / name).write_text(text)
+            with pytest.raises(ValueError, match=f"{name} cannot be read"):
+                read_published(str(tmp_path), 40)
         (tmp_path / name).unlink()
         missed = name.removesuffix(".index.json").replace("config.json", "model.safetensors")
         with pytest.raises(ValueError, match=f"{missed} cannot be read .*No such file"):
@@ -324,6 +371,31 @@ def test_a_missing_or_broken_file_is_named(tmp_path):
 def test_a_sliding_window_as_long_as_the_context_is_none():
     config = config_json(tiny().config, 0) | {"model_type": "mistral", "sliding_window": 48}
     assert folder_config(config, 48).n_kv_head == 2
+    config |= {"sliding_window": 16, "use_sliding_window": False}
+    assert folder_config(config, 48).n_kv_head == 2
+
+
+def test_the_context_is_at_most_what_the_model_was_trained_for():
+    """512 tokens unless another is asked for: 48 here."""
+    config = config_json(tiny().config, 0)
+    assert folder_config(config, 0).block_size == 48 and folder_config(config, 7).block_size == 7
+    assert folder_config(config | {"max_position_embeddings": 8192}, 0).block_size == 512
+
+
+def test_tensors_that_cannot_be_read_are_named(tmp_path):
+    """An unknown type, a place outside the file, and an output layer that is tied and is not."""
+    write_folder(tmp_path, tiny())
+    path = tmp_path / "model.safetensors"
+    size, content = int.from_bytes(path.read_bytes()[:8], "little"), path.read_bytes()
+    for old, new in ("F32", "F64"), ('"data_offsets": [0, ', '"data_offsets": [-8, '):
+        header = content[8:8 + size].decode().replace(old, new, 1).encode()
+        path.write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size:])
+        with pytest.raises(ValueError, match="safetensors cannot be read .*embed_tokens.weight is of"):
+            read_published(str(tmp_path), 40)
+    weights = {name: p.detach() for name, p in tiny().named_parameters()}
+    write_safetensors(path, weights | {"lm_head.weight": weights["model.embed_tokens.weight"] + 1})
+    with pytest.raises(ValueError, match="lm_head.weight differs from the embedding"):
+        read_published(str(tmp_path), 40)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -391,6 +463,7 @@ def test_the_order_of_rows_by_hand():
     ({"general.architecture": "gemma3"}, "its architecture is 'gemma3'; only 'llama' is supported"),
     ({"llama.expert_count": 8}, "it has expert_count = 8, which is not supported"),
     ({"llama.rope.scaling.type": "yarn"}, "it has rope.scaling.type = 'yarn'"),
+    ({"llama.rope.scaling.factor": 4.}, "it has rope.scaling.factor = 4.0"),
     ({"llama.attention.key_length": 16}, "its attention.key_length is 16; only 8"),
     ({"llama.block_count": None}, "it does not say its llama.block_count"),
     ({"llama.attention.head_count": [6, 6]}, r"n_head is \[6, 6\]"),
@@ -408,9 +481,10 @@ def test_a_gguf_file_of_another_kind_is_refused_by_name(tmp_path, gguf_stub, fie
 def test_tensors_of_a_gguf_file_that_do_not_fit_are_named(tmp_path, gguf_stub):
     fields, tensors = gguf_content(tiny())
     (tmp_path / "a.gguf").touch()
-    gguf_stub(fields, tensors | {"rope_freqs.weight": np.ones(4, np.float32)})
-    with pytest.raises(ValueError, match="Unexpected key.*rope_freqs.weight"):
-        read_published(str(tmp_path / "a.gguf"), 40)
+    for name in "rope_freqs.weight", "blk.0.attn_q.bias":
+        gguf_stub(fields, tensors | {name: np.ones(4, np.float32)})
+        with pytest.raises(ValueError, match="Unexpected key.*(rope_freqs.weight|q_proj.bias)"):
+            read_published(str(tmp_path / "a.gguf"), 40)
     tensors.pop("blk.1.ffn_up.weight")
     gguf_stub(fields, tensors)
     with pytest.raises(ValueError, match="Missing key.*layers.1.mlp.up_proj.weight"):
@@ -494,3 +568,26 @@ def test_smollm2_splits_digits_singly(smollm2):
     assert [encoding.decode([token]) for token in encoding.encode_ordinary("In  2025, he")] == [
         "In", "  ", "2", "0", "2", "5", ",", " he"]
     assert encoding.encode("<|im_start|>", allowed_special="all") == [1]
+
+
+def test_smollm2_splits_real_text_as_the_tokenizers_library(smollm2):
+    """10,000 lines of novels, code and questions, a third of them with emoji and other scripts; the
+    merges, found from the ids, are the GGUF file's."""
+    tokenizers, reader = pytest.importorskip("tokenizers"), pytest.importorskip("gguf.gguf_reader")
+    data = pathlib.Path(__file__).parents[3] / "shared" / "data"
+    if not data.is_dir():
+        pytest.skip("without shared/data")
+    content = bpe.tokenizer_json(smollm2[1].tokenizer)
+    fields = reader.GGUFReader(published.smollm2_path()).fields
+    assert [" ".join(pair) for pair in content["model"]["merges"]] == \
+        fields["tokenizer.ggml.merges"].contents()
+    theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
+    lines = []
+    for name in "novels.txt.gz", "peps.txt.gz", "mbpp.jsonl", "trivia.jsonl", "gsm8k_train.jsonl":
+        opener = gzip.open if name.endswith("gz") else open
+        with opener(data / name, "rt", encoding="utf8") as file:
+            lines += [line.replace("<|endoftext|>", "") for _, line in zip(range(2500), file)]
+    assert len(lines) > 10_000
+    for i, line in enumerate(lines):
+        line += ("" if i % 3 else f" {chr(0x1F600 + i % 80)}\t漢字 ३३ Ω\u0301 \u3000{i}")
+        assert smollm2[1].encode_ordinary(line) == theirs.encode(line).ids, line
