@@ -199,14 +199,19 @@ def pretrained(args):
 
 
 def report(before, done):
-    """Two tables per task: at one loss on the task, and of every run. "a / b": of two seeds."""
-    texts = []
+    """Two tables per task: at one loss on the task, and of every run. "a / b": of two seeds. "all
+    %" is the mean of the percents."""
+    percents = [column for column in before if column.endswith("%")]
+    before, *scores = (s | {"all %": sum(s[c] for c in percents) / max(1, len(percents))}
+                       for s in (before, *done.values()))
+    done, texts = dict(zip(done, scores)), []
     for task in dict.fromkeys(run.task for run in done if run.method == "lora"):
         own, runs = f"{task} nats", sorted((run for run in done if run.task == task),
                                            key=lambda run: (run.seed, run.rate))
         best = min(done[run][own] for run in runs if run.method == "lora")
         loss = before[own] - SHARE * (before[own] - best)
-        columns = [own, *(c for c in before if c not in (own, "identity", "answers"))]
+        columns = list(dict.fromkeys([own, "all %", *before]))
+        columns = [c for c in columns if c not in ("identity", "answers")]
         at, every = {}, {}  # {row: its scores, one dict per seed}
         for arm in dict.fromkeys(run.arm for run in done if run.task == task):
             curves = {}

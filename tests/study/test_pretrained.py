@@ -33,16 +33,17 @@ def test_the_tables_of_a_comparison_by_hand(monkeypatch):
     """LoRA's best progress is 1; 80 % of it are reached halfway between FoLoRA's two runs of
     seed 0, at the end of that of seed 1, never with seed 2."""
     monkeypatch.setattr(pretrained, "SHARE", 0.8)
-    before = {"identity": 0, "answers": [], "a nats": 2., "b": 1.}
-    done = {Run("a", "lora", 32, 1): {"a nats": 1., "b": 11.},
-            Run("a", "folora", 32, 1): {"a nats": 1.4, "b": 2.},
-            Run("a", "folora", 32, 2): {"a nats": 1., "b": 4.},
-            Run("a", "folora", 32, 1, 1): {"a nats": 1.2, "b": 7.},
-            Run("a", "folora", 32, 1, 2): {"a nats": 1.3, "b": 8.}}
+    before = {"identity": 0, "answers": [], "a nats": 2., "b": 1., "c %": 40., "d %": 60.}
+    percents = {"c %": 20., "d %": 40.}
+    done = {Run("a", "lora", 32, 1): {"a nats": 1., "b": 11.} | percents,
+            Run("a", "folora", 32, 1): {"a nats": 1.4, "b": 2.} | percents,
+            Run("a", "folora", 32, 2): {"a nats": 1., "b": 4.} | percents,
+            Run("a", "folora", 32, 1, 1): {"a nats": 1.2, "b": 7.} | percents,
+            Run("a", "folora", 32, 1, 2): {"a nats": 1.3, "b": 8.} | percents}
     text = report(before, done)
     assert "a, at 1.200 nats" in text and text.count("before") == 2
-    assert re.search(r"folora r32 +\| +1.200 / 1.200 / - +\| +3.000 / 7.000 / -", text)
-    assert re.search(r"lora r32 +\| +1.200 +\| +9.000", text)
+    assert re.search(r"folora r32 +\| +1.200 / 1.200 / - +\| +30 / 30 / - \| +3.000 / 7.000 / -", text)
+    assert re.search(r"lora r32 +\| +1.200 +\| +34 +\| +9.000", text)
     assert re.search(r"folora r32, 0.00047 +\| +1.400 / 1.200 / 1.300 ", text)
     assert pretrained.shown(12.34, "b %") == "12"
 
