@@ -157,18 +157,18 @@ def tokenizer_json(tokenizer):
     spelled = {byte: character for character, byte in alphabet.items()}
     merges = [["".join(map(spelled.get, part)) for part in merge_of(token, ranks)]
               for token in sorted(ranks, key=ranks.get) if len(token) > 1]
-    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+             "use_regex": True}
     split = {"type": "Split", "behavior": "Isolated", "invert": False,
              "pattern": {"Regex": tokenizer["pattern"]}}
-    stages = {GPT2_SPLIT: [level | {"use_regex": True}],
-              DIGIT_SPLIT: [{"type": "Digits", "individual_digits": True},
-                            level | {"use_regex": True}]}
+    stages = {GPT2_SPLIT: [level],
+              DIGIT_SPLIT: [{"type": "Digits", "individual_digits": True}, level]}
     names = {i: name for name, i in tokenizer["special"].items()}  # one of an id's names
     return {"version": "1.0", "truncation": None, "padding": None, "normalizer": None,
             "added_tokens": [dict(id=i, content=name, single_word=False, lstrip=False, rstrip=False,
                                   normalized=False, special=True) for i, name in names.items()],
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": stages.get(
                 tokenizer["pattern"], [split, level | {"use_regex": False}])},
-            "post_processor": None, "decoder": level | {"use_regex": True},
+            "post_processor": None, "decoder": level,
             "model": {"type": "BPE", "merges": merges,
                       "vocab": tokenizer["vocab"] | {name: i for i, name in names.items()}}}

@@ -105,14 +105,16 @@ def drop_long_items(items, encoding, length, skip_bad=False):
 
 
 def check_fits(model, runs):
-    """ValueError if the training items, or the rank, of one of `runs` do not fit the model."""
-    narrow = min((min(layer.weight.shape), name) for name, layer in block_linears(model).items())
-    for args in runs:
-        items = load_items(args.task, "train", args.examples, args.skip_bad)
-        drop_long_items(items, get_encoding(model.config.encoding), model.config.block_size,
-                        args.skip_bad)
-        if METHODS[args.method].start and args.rank > narrow[0]:
-            raise ValueError(f"rank is {args.rank}; {narrow[1]} takes 1 to {narrow[0]}")
+    """ValueError if the training items, or the rank, of `runs` do not fit the model. The runs, as
+    parsed by train.py, differ in their method alone."""
+    args = runs[0]
+    items = load_items(args.task, "train", args.examples, args.skip_bad)
+    drop_long_items(items, get_encoding(model.config.encoding), model.config.block_size,
+                    args.skip_bad)
+    most, name = min((min(layer.weight.shape), name)
+                     for name, layer in block_linears(model).items())
+    if args.rank > most and any(METHODS[run.method].start for run in runs):
+        raise ValueError(f"rank is {args.rank}; {name} takes 1 to {most}")
 
 
 def evaluation_items(task, split, count, target=None, files=(), skip_bad=False, config=None):

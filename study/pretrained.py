@@ -20,6 +20,7 @@ import calibrate
 import eval as evaluation
 import tasks
 import train
+from extras.baselines import WIDTH
 from extras.files import atomic_write, cached_json, load_adapter, load_foundation
 from extras.machine import pick_device
 from extras.tables import markdown
@@ -34,7 +35,7 @@ CALIBRATE = ["--samples", "200", "--fisher-samples", "60"]
 ITEMS, TEXT_ROWS = 60, 16  # evaluated
 POOL, MADE_POOL, SHOTS = 864, 200, 3  # questions asked, of a file or made, each after examples
 TASKS = {"gsm8k": ("gsm8k_train", "gsm8k_test"), "instruct": ("instruct",), "mbpp": ("mbpp",)}
-# {(method, rank): index of its rate on a model 96 wide, see arms.rate}; rates fall with the width
+# {(method, rank): index of its rate on a model WIDTH wide, see arms.rate}; SmolLM2 is 576 wide
 SMALL = {("lora", 32): 4, ("folora", 32): 3, ("folora-pull-back", 32): 4, ("distill", 32): 5,
          ("replay", 32): 5, ("lora-null", 32): 3, ("sadam-full", 0): -1, ("lora-kl", 32): 5,
          ("folora", 8): 6, ("lora", 8): 6, ("full", 0): -3}
@@ -59,7 +60,7 @@ class Run(NamedTuple):
 
     @property
     def rate(self):
-        return float(f"{rate(SMALL[self.method, self.rank]) * 96 / 576 * self.factor:.1e}")
+        return float(f"{rate(SMALL[self.method, self.rank]) * WIDTH / 576 * self.factor:.1e}")
 
 
 def plan():
