@@ -11,6 +11,7 @@ import torch
 import tasks
 from extras.baselines import distill_loss, kl_term
 from extras.files import load, load_adapter, load_foundation
+from extras.machine import pick_device
 from extras.tables import markdown
 from folora import forgetting_penalty
 from model import LoRALinear, block_linears, generate
@@ -21,10 +22,11 @@ TEXTS = 16  # that the base model writes anew, for its KL divergence
 def own_text(base, seed=0):
     """TEXTS rows of tokens, <|endoftext|> and what the base model writes after it."""
     eot, vocab = tasks.get_encoding(base.config.encoding).eot_token, base.config.vocab_size
-    ones = torch.ones(TEXTS)
+    device = base.lm_head.weight.device
+    ones, generator = torch.ones(TEXTS, device=device), torch.Generator(device).manual_seed(seed)
     texts = generate(base, [[eot]] * TEXTS, base.config.block_size, (), (ones, ones, vocab * ones),
-                     generator=torch.Generator().manual_seed(seed))  # plain sampling
-    return torch.tensor([[eot] + text for text in texts])
+                     generator=generator)  # plain sampling
+    return torch.tensor([[eot] + text for text in texts], device=device)
 
 
 @torch.inference_mode()
@@ -49,7 +51,7 @@ def parts_of_drift(model, C_pre):
     for name, layer in block_linears(model, LoRALinear).items():
         A, B, A0, B0, W_res, C = (t.double() for t in (
             layer.lora_A, layer.scale * layer.lora_B, layer.lora_A0, layer.scale * layer.lora_B0,
-            layer.weight, C_pre[name]))
+            layer.weight, C_pre[name].to(layer.weight.device)))
         for part, dW in {"ΔA alone": B0 @ (A - A0), "ΔB alone": (B - B0) @ A0,
                          "their product": (B - B0) @ (A - A0), "ΔW": B @ A - B0 @ A0,
                          "W0": W_res + B0 @ A0}.items():
@@ -64,10 +66,11 @@ def drift(args):
     different parts."""
     out, rows = pathlib.Path(args.out), []
     proxy = load(out / "proxy.pt", "proxy", f"python calibrate.py --out {out}")
-    base, _ = load_foundation(out, "cpu")
+    device = pick_device()
+    base, _ = load_foundation(out, device)
     text = own_text(base)
     for path in map(pathlib.Path, args.adapters):
-        model = load_adapter(path, out, "cpu", merge=False)
+        model = load_adapter(path, out, device, merge=False)
         if not block_linears(model, LoRALinear):
             raise ValueError(f"{path} holds full weights; only an adapter's ΔW has such parts")
         found = parts_of_drift(model, proxy["C_pre"])

@@ -16,6 +16,8 @@ import re
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
+
 import calibrate
 import eval as evaluation
 import tasks
@@ -27,6 +29,7 @@ from extras.tables import markdown
 from extras.user_data import drop_long_items, item_from_row, load_items
 from model import generate
 from study.arms import rate
+from study.drift import TEXTS, kl_divergence, own_text
 from study.stats import crossing
 
 CONTEXT, LONGEST, EXAMPLES = 256, 192, 1600  # tokens of the model, of a row; rows to learn from
@@ -51,7 +54,7 @@ class Run(NamedTuple):
     task: str
     method: str
     rank: int    # 0: full weights
-    factor: int  # on the small models' rate
+    factor: float  # on the small models' rate
     seed: int = 0
 
     @property
@@ -66,8 +69,8 @@ class Run(NamedTuple):
 def plan():
     """All runs, the most telling first."""
     main, others = list(SMALL)[:MAIN], list(SMALL)[MAIN:]
-    order = ((main, 2, 0), (main, 2, 1), (others, 2, 0), (main, 1, 0), (main, 4, 0),
-             (others, 1, 0), (others, 4, 0), (main, 2, 2))  # methods, factor, seed
+    order = ((main, 1, 0), (main, 1, 1), (others, 1, 0), (main, 2, 0), (main, 0.5, 0),
+             (others, 2, 0), (others, 0.5, 0), (main, 1, 2))  # methods, factor, seed
     return [Run(task, *arm, factor, seed)
             for arms, factor, seed in order for task in TASKS for arm in arms]
 
@@ -164,7 +167,7 @@ def measure(model, items, texts):
     return found
 
 
-def do(run, out, items, texts, identity):
+def do(run, out, measure, identity):
     """The scores of a run, which are on disk once it is done; full weights are not kept. None
     while another process does it."""
     def make():
@@ -174,7 +177,7 @@ def do(run, out, items, texts, identity):
         options = (f"--method {run.method} --rank {run.rank or 8} --lr {run.rate:g} --seed "
                    f"{run.seed} --steps {STEPS} --batch {BATCH} --pull 10")
         adapter = train.main(["adapt", *common, *options.split()])
-        found = measure(load_adapter(adapter, out, pick_device()), items, texts)
+        found = measure(load_adapter(adapter, out, pick_device()))
         if not run.rank:
             adapter.unlink()
         return found
@@ -187,30 +190,36 @@ def pretrained(args):
     out, done = pathlib.Path(args.out), {}
     train.main(["pretrain", "--foundation", args.foundation, "--context", f"{CONTEXT}",
                 "--out", args.out])
-    model, weights = load_foundation(out, pick_device())
-    write_tasks(args.texts, out, tasks.get_encoding(model.config.encoding))
-    identity = {"foundation": weights, "settings": [STEPS, BATCH, *CALIBRATE, SHOTS, POOL]}
-    items, texts = kept(model, args.texts, out, identity)
-    before = cached_json(out / "before.json", identity, lambda: measure(model, items, texts))
-    del model
+    base, weights = load_foundation(out, pick_device())
+    write_tasks(args.texts, out, tasks.get_encoding(base.config.encoding))
+    identity = {"foundation": weights, "settings": [STEPS, BATCH, *CALIBRATE, SHOTS, POOL, TEXTS]}
+    items, texts = kept(base, args.texts, out, identity)
+    rows = cached_json(out / "own-text.json", identity, lambda: {"rows": own_text(base).tolist()})
+    own = torch.tensor(rows["rows"], device=base.lm_head.weight.device)
+
+    def scores_of(model):
+        return {"KL": 1000 * kl_divergence(base, model, own)} | measure(model, items, texts)
+
+    before = cached_json(out / "before.json", identity, lambda: scores_of(base))
     for run in 2 * plan():  # the second time finds what other processes were doing
-        if run not in done and (scores := do(run, out, items, texts, identity)):
+        if run not in done and (scores := do(run, out, scores_of, identity)):
             done[run] = scores
             atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
 
 
 def report(before, done):
     """Two tables per task: at one loss, which all main methods reach, and of every run. "a / b": of
-    two seeds. "all %" is the mean of the percents."""
-    percents = [column for column in before if column.endswith("%")]
+    two seeds. "all %" is the mean of the percents, "KL" from the base model on its own new text, in
+    thousandths of a nat per token."""
+    percents, main = [column for column in before if column.endswith("%")], list(SMALL)[:MAIN]
     before, *scores = (s | {"all %": sum(s[c] for c in percents) / max(1, len(percents))}
                        for s in (before, *done.values()))
     done, texts = dict(zip(done, scores)), []
-    for task in dict.fromkeys(run.task for run in done if run.method == "lora"):
+    for task in dict.fromkeys(run.task for run in done if run[1:3] in main):
         own, runs = f"{task} nats", sorted((run for run in done if run.task == task),
                                            key=lambda run: (run.seed, run.rate))
-        main = [arm for arm in list(SMALL)[:MAIN] if any(run[1:3] == arm for run in runs)]
-        best = max(min(done[run][own] for run in runs if run[1:3] == arm) for arm in main)
+        best = max(min(done[run][own] for run in runs if run[1:3] == arm)
+                   for arm in main if any(run[1:3] == arm for run in runs))
         loss = before[own] - SHARE * (before[own] - best)
         columns = list(dict.fromkeys([own, "all %", *before]))
         columns = [c for c in columns if c not in ("identity", "answers")]
@@ -230,4 +239,5 @@ def report(before, done):
 
 
 def shown(value, column):
-    return "-" if value is None else f"{value:.{0 if column.endswith('%') else 3}f}"
+    digits = 0 if column == "KL" or column.endswith("%") else 3
+    return "-" if value is None else f"{value:.{digits}f}"

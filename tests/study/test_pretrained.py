@@ -42,10 +42,12 @@ def test_the_tables_of_a_comparison_by_hand(monkeypatch):
             Run("a", "folora", 32, 1, 2): {"a nats": 1.3, "b": 8.} | percents}
     text = report(before, done)
     assert "a, at 1.200 nats" in text and text.count("before") == 2
+    alone = {Run("a", "lora-null", 32, 1): done[Run("a", "lora", 32, 1)]}  # nothing to compare with
+    assert report(before, alone).strip() == "" and report(before, alone | done).count("lora-null") == 2
     assert re.search(r"folora r32 +\| +1.200 / 1.200 / - +\| +30 / 30 / - \| +3.000 / 7.000 / -", text)
     assert re.search(r"lora r32 +\| +1.200 +\| +34 +\| +9.000", text)
     assert re.search(r"folora r32, 0.00047 +\| +1.400 / 1.200 / 1.300 ", text)
-    assert pretrained.shown(12.34, "b %") == "12"
+    assert pretrained.shown(12.34, "b %") == pretrained.shown(12.34, "KL") == "12"
 
 
 def test_known_are_the_first_that_are_answered_right(tmp_path, monkeypatch):
@@ -106,15 +108,16 @@ def test_the_study_runs_and_continues(texts, tmp_path, monkeypatch):
     for number in 2, 3:
         monkeypatch.setattr(pretrained, "plan", lambda: plan()[:number])
         command = ["pretrained", "--texts", str(texts), "--foundation", str(tmp_path), "--out", str(out)]
-        with file_lock(out / "gsm8k" / "lora-r4-x2-seed0.json"):  # another process does this one
+        with file_lock(out / "gsm8k" / "lora-r4-x1-seed0.json"):  # another process does this one
             main.main(command)
-        assert ("lora" in (out / "pretrained.md").read_text()) == (number == 3)
+        assert ("| lora" in (out / "pretrained.md").read_text()) == (number == 3)
         main.main(command)
     assert trained == ["pretrain", "adapt"] * 3 + ["pretrain"]
     assert "<<" not in (out / "gsm8k.jsonl").read_text()
     text = (out / "pretrained.md").read_text()
     assert "lora r4" in text and "sadam-full" in text and "trivia %" in text
     assert "any trivia nats" in text and "any trivia %" not in text
-    result = json.loads((out / "gsm8k" / "lora-r4-x2-seed0.json").read_text())
+    result = json.loads((out / "gsm8k" / "lora-r4-x1-seed0.json").read_text())
+    assert 0 < result["KL"] < 1000 and json.loads((out / "before.json").read_text())["KL"] == 0
     assert len(result["answers"]) == len(pretrained.PROMPTS) and 3 < result["novels b/B"] < 15
     assert [p.name for p in out.glob("gsm8k/*/adapter.pt")] == ["adapter.pt"] * 2  # not full weights
