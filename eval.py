@@ -141,30 +141,30 @@ def main_job(args):
     print(f"{describe_machine(device)}; Python {python_version()}, torch {torch.__version__}")
     stage("pretrain: the foundation")
     train.pretrain(pretrain)
-    check_fits(load_foundation(args.out, device)[0], adapt)  # a mistake shows before calibrating
+    stage(f"evaluate the foundation on {args.split} items")
+    foundation, _ = load_foundation(args.out, device)
+    check_fits(foundation, adapt)  # what does not fit it shows now, not after calibrating
+    items = evaluation_items(args.task, args.split, ITEMS, args.eval, args.keep,
+                             args.skip_bad, foundation.config)
+    path = task_folder(args) / f"foundation-{args.split}.json"
+    results = {"foundation": scores_of(path, foundation, items, args)}
+    del foundation  # frees memory
     stage("calibrate: what the foundation uses, what the task uses")
     calibrate.calibrate(measure)
     runs = {}
     for run in adapt:
         stage(f"adapt: {run.method}")
         runs[run.method] = train.adapt(run)
-    stage(f"evaluate on {args.split} items")
-    foundation, _ = load_foundation(args.out, device)
-    items = evaluation_items(args.task, args.split, ITEMS, args.eval, args.keep,
-                             args.skip_bad, foundation.config)
-    folder = task_folder(args)
-    path = folder / f"foundation-{args.split}.json"
-    results = {"foundation": scores_of(path, foundation, items, args)}
+    stage(f"evaluate the adapters on {args.split} items")
     for name, adapter in runs.items():
         model = load_adapter(adapter, args.out, device)
         results[name] = scores_of(adapter.with_name(f"{args.split}.json"), model, items, args)
-    for name, scores in results.items():
-        print_wrong(name, scores)
+    print_wrong(results)
     print(f"\n{args.task}: percent right on {args.split} items, bits per byte (b/B, lower is "
           f"better) on held-out text\n\n{score_table(results)}\n")
-    write_json(folder / f"results-{args.split}.json", results)
-    print(f"{folder / f'results-{args.split}.json'} written; {time.time() - began:.0f} s in all on "
-          f"{describe_machine(device)}")
+    path = path.with_name(f"results-{args.split}.json")
+    write_json(path, results)
+    print(f"{path} written; {time.time() - began:.0f} s in all on {describe_machine(device)}")
     return results
 
 

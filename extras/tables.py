@@ -28,11 +28,13 @@ def score_table(results):
     return markdown(head, rows)
 
 
-def print_wrong(name, scores):
-    """One wrong answer of each kind of item of a model's `eval.evaluate`."""
-    for kind, s in {"target": scores["target"], **scores["kept"]}.items():
-        for w in s["wrong"][:1]:
-            print(f"  {name}, {kind}: {w['prompt']!r} -> {w['output']!r}, right: {w['right']!r}")
+def print_wrong(results):
+    """One wrong answer to each kind of item, of {model name: `eval.evaluate`'s scores}."""
+    for name, scores in results.items():
+        for kind, s in {"target": scores["target"], **scores["kept"]}.items():
+            for w in s["wrong"][:1]:
+                print(f"  {name}, {kind}: {w['prompt']!r} -> {w['output']!r}, "
+                      f"right: {w['right']!r}")
 
 
 def spectrum_table(layers):

@@ -251,6 +251,7 @@ GOOD = [{"prompt": "a", "completion": "b"}] * 30
 
 @pytest.mark.parametrize("arguments, answer", [
     (["--task", "{long}"], r"long.jsonl, line 3: 20[0-9] tokens do not fit the context of 128 \(1"),
+    (["--task", "{task}", "--eval", "{long}"], r"long.jsonl, line 3: 20[0-9] tokens do not fit"),
     (["--task", "{task}", "--keep", "{long}x"], "must be a .jsonl file of items or a .txt file"),
     (["--task", "{task}", "--eval", "{missing}"], "No such file .*missing.jsonl"),
     (["--task", "{task}", "--keep", "{items}", "--keep", "{items}"], "each needs a name of its own"),
@@ -264,7 +265,8 @@ def test_what_a_user_gets_wrong_in_files(out, files, tmp_path, arguments, answer
     names["short"].write_text("short\n")
     with pytest.raises((ValueError, OSError), match=answer):
         main_job(out, "--methods", "lora", *(argument.format(**names) for argument in arguments))
-    assert not (out / "long" / "calibration.pt").exists()  # before that work
+    for task in "long", "double":  # before that work
+        assert not (out / task / "calibration.pt").exists()
 
 
 def test_long_rows_can_be_left_out(out, tmp_path, capsys, monkeypatch):
