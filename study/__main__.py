@@ -92,6 +92,7 @@ def parser():
     p = add_command(commands, "pretrained", pretrained.pretrained, "SmolLM2 on real tasks")
     p.add_argument("--texts", metavar="FOLDER", required=True, help="see docs/pretrained.md")
     p.add_argument("--foundation", default="smollm2", help="as for train.py pretrain")
+    p.add_argument("--assets", metavar="FOLDER", help="also draw the picture, there")
     s = add_command(commands, "speed", speed.speed, "time and memory against other libraries")
     g = add_command(commands, "gpu", gpu.gpu, "everything that only a GPU can show")
     for p, names, note in (s, speed.ROWS, ""), (g, gpu.STEPS, "; done again even if done"):

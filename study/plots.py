@@ -1,5 +1,5 @@
-"""The report's two pictures, in colours of Okabe and Ito that stay distinct for colour-blind
-readers; markers differ too."""
+"""The reports' pictures, in colours of Okabe and Ito that stay distinct for colour-blind readers;
+markers differ too."""
 from extras.files import atomic_write
 from study import stats
 from study.arms import ARMS, TARGET
@@ -8,6 +8,7 @@ from study.runs import Curve
 LOOKS = {"lora r32": ("#000000", "X"), "folora r32": ("#0072B2", "s"),
          "folora-pull-back r32": ("#009E73", "o"), "distill r32": ("#D55E00", "P"),
          "sadam-full": ("#CC79A7", "*")}
+FULL = {"full": ("#E69F00", "v")}  # shown for a published model, too
 RANKS = {("lora", ""): "lora r32", ("folora", ""): "folora r32",  # (method, options): its look
          ("folora-pull-back", "--pull 10"): "folora-pull-back r32"}
 
@@ -73,9 +74,26 @@ def rank(study, stored):
     return panels(tasks or study.tasks, "kept at the target, % right", draw)
 
 
+def published(curves):
+    """What each task taught a published model against what was kept (study.pretrained.curves): a
+    line per arm and seed, along its rates."""
+    def draw(ax, task):
+        for arm, (colour, marker) in (LOOKS | FULL).items():
+            for number, points in enumerate(curves[task].get(arm, {}).values()):
+                ax.plot([scores[f"{task} nats"] for _, scores in points[1:]],
+                        [scores["all %"] for _, scores in points[1:]], color=colour, marker=marker,
+                        markersize=6, linewidth=1, label=None if number else arm)
+        ax.invert_xaxis()
+        ax.set(xlabel="learned: nats per token, unseen items")
+    return panels(list(curves), "kept: known questions, % right", draw)
+
+
+def save(figure, path):
+    atomic_write(path, lambda f: figure.savefig(f, dpi=150, format="png"))
+    print(f"{path} written")
+
+
 def write(study, stored, folder):
-    """Write both to folder/<name>.png."""
+    """Write the comparison's two to folder/<name>.png."""
     for picture in frontier, rank:
-        path, figure = folder / f"{picture.__name__}.png", picture(study, stored)
-        atomic_write(path, lambda f: figure.savefig(f, dpi=150, format="png"))
-        print(f"{path} written")
+        save(picture(study, stored), folder / f"{picture.__name__}.png")

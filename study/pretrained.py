@@ -28,6 +28,7 @@ from extras.machine import pick_device
 from extras.tables import markdown
 from extras.user_data import drop_long_items, item_from_row, load_items
 from model import generate
+from study import plots
 from study.arms import rate
 from study.drift import TEXTS, kl_divergence, own_text
 from study.stats import crossing
@@ -188,6 +189,8 @@ def do(run, out, measure, identity):
 def pretrained(args):
     """Do what is missing of `plan`, and write the tables after each run."""
     out, done = pathlib.Path(args.out), {}
+    if args.assets:
+        plots.pyplot()  # says what to install, before any work
     train.main(["pretrain", "--foundation", args.foundation, "--context", f"{CONTEXT}",
                 "--out", args.out])
     base, weights = load_foundation(out, pick_device())
@@ -198,39 +201,48 @@ def pretrained(args):
     own = torch.tensor(rows["rows"], device=base.lm_head.weight.device)
 
     def scores_of(model):
-        return {"KL": 1000 * kl_divergence(base, model, own)} | measure(model, items, texts)
+        found = measure(model, items, texts)
+        percents = [value for name, value in found.items() if name.endswith("%")]
+        return {"all %": sum(percents) / max(1, len(percents)),
+                "KL": 1000 * kl_divergence(base, model, own), **found}
 
     before = cached_json(out / "before.json", identity, lambda: scores_of(base))
     for run in 2 * plan():  # the second time finds what other processes were doing
         if run not in done and (scores := do(run, out, scores_of, identity)):
             done[run] = scores
             atomic_write(out / "pretrained.md", lambda f: f.write(report(before, done).encode()))
+    if args.assets:
+        picture = plots.published(curves(before, done))
+        plots.save(picture, pathlib.Path(args.assets) / "pretrained.png")
+
+
+def curves(before, done):
+    """{task: {arm: {seed: [(rate, scores)]}}}: from rate 0, nothing learned, along the rates."""
+    found = {}
+    for run in sorted(done, key=lambda run: (list(SMALL).index(run[1:3]), run.seed, run.rate)):
+        seeds = found.setdefault(run.task, {}).setdefault(run.arm, {})
+        seeds.setdefault(run.seed, [(0, before)]).append((run.rate, done[run]))
+    return found
 
 
 def report(before, done):
     """Two tables per task: at one loss, which all main methods reach, and of every run. "a / b": of
     two seeds. "all %" is the mean of the percents, "KL" from the base model on its own new text, in
     thousandths of a nat per token."""
-    percents, main = [column for column in before if column.endswith("%")], list(SMALL)[:MAIN]
-    before, *scores = (s | {"all %": sum(s[c] for c in percents) / max(1, len(percents))}
-                       for s in (before, *done.values()))
-    done, texts = dict(zip(done, scores)), []
-    for task in dict.fromkeys(run.task for run in done if run[1:3] in main):
-        own, runs = f"{task} nats", sorted((run for run in done if run.task == task),
-                                           key=lambda run: (run.seed, run.rate))
-        best = max(min(done[run][own] for run in runs if run[1:3] == arm)
-                   for arm in main if any(run[1:3] == arm for run in runs))
-        loss = before[own] - SHARE * (before[own] - best)
-        columns = list(dict.fromkeys([own, "all %", *before]))
-        columns = [c for c in columns if c not in ("identity", "answers")]
+    main, texts = [Run("", *arm, 1).arm for arm in list(SMALL)[:MAIN]], []
+    for task, arms in curves(before, done).items():
+        own = f"{task} nats"
+        columns = [c for c in dict.fromkeys([own, *before]) if c not in ("identity", "answers")]
+        best = [min(scores[own] for points in arms[arm].values() for _, scores in points)
+                for arm in main if arm in arms]
+        loss = before[own] - SHARE * (before[own] - max(best, default=before[own]))
         at, every = {}, {}  # {row: its scores, one dict per seed}
-        for arm in dict.fromkeys(run.arm for run in done if run.task == task):
-            curves = {}
-            for run in (run for run in runs if run.arm == arm):
-                curves.setdefault(run.seed, [before]).append(done[run])
-                every.setdefault(f"{arm}, {run.rate:g}", []).append(done[run])
-            at[arm] = [{c: crossing([(-p[own], p[c]) for p in points], -loss) for c in columns}
-                       for points in curves.values()]
+        for arm, seeds in arms.items():
+            at[arm] = [{c: crossing([(-s[own], s[c]) for _, s in points], -loss) for c in columns}
+                       for points in seeds.values()]
+            for rate, scores in sorted(sum((points[1:] for points in seeds.values()), []),
+                                       key=lambda point: point[0]):
+                every.setdefault(f"{arm}, {rate:g}", []).append(scores)
         for title, rows in (f"at {loss:.3f} nats", at), ("every run", every):
             cells = [[name, *(" / ".join(shown(seed[c], c) for seed in row) for c in columns)]
                      for name, row in ({"before": [before]} | rows).items()]
