@@ -3,9 +3,10 @@
     python -m study pretrained --texts FOLDER --out pretrained      # stop and repeat it as you like
 
 It learns GSM8K with its working, MBPP, or instructions. Measured before and after: questions that
-it answered right, text, and the tasks that it does not learn. Forgetting grows with the learning
-rate, so a method runs at three of them and is read off where its loss on unseen items of the task
-is that of the others. The most telling runs come first; each renews the tables OUT/pretrained.md.
+it answered right, text, the tasks that it does not learn, and how far it is from the base model on
+that model's own text. Forgetting grows with the learning rate, so a method runs at three of them
+and is read off where its loss on unseen items of the task is that of the others. The most telling
+runs come first; each renews the tables OUT/pretrained.md.
 Several processes with the same command share the runs: on one GPU, as many as its memory holds.
 """
 import gzip
