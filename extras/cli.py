@@ -8,7 +8,8 @@ import torch
 import tasks
 from extras import user_data
 from extras.gpt2 import GPT2
-from extras.machine import PRECISIONS, join_processes, keep_freed_memory, leave_processes
+from extras.machine import (PRECISIONS, join_processes, keep_freed_memory, leave_processes,
+                            limit_shape_caches)
 from extras.tables import method_table
 
 
@@ -16,6 +17,7 @@ def command(main):
     """Run a command: a user's mistake is one line and exit status 2, not a traceback."""
     try:
         keep_freed_memory()
+        limit_shape_caches()
         join_processes()
         main()
         leave_processes()

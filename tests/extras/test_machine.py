@@ -1,5 +1,6 @@
 """Precision and progress are chosen in one place: no bfloat16 anywhere under float32, and a line that
 says how long a stage still takes."""
+import subprocess
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ import calibrate
 import train
 from extras import machine
 from extras.machine import (Progress, all_gather, all_reduce_sum, autocast, describe_machine,
-                            precision, rank_and_world, set_precision, shard, tf32)
+                            native_bf16, precision, rank_and_world, set_precision, shard, tf32)
 from micro import CALIBRATE, PRETRAIN, adapt
 
 CPU = torch.device("cpu")
@@ -173,3 +174,29 @@ def test_a_stage_without_a_step_done_says_nothing_yet(clock, capsys):
     assert capsys.readouterr().out == ""
     progress(1)
     assert capsys.readouterr().out == "  solving  10%    1620 s left of 1800 s\n"
+
+
+GROWTH = """
+import resource, torch
+from extras.machine import limit_shape_caches
+if {limited}:
+    limit_shape_caches()
+W = torch.randn(576, 576)
+def grown(shapes):
+    for tokens in shapes:
+        x = torch.randn(tokens, 576, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.nn.functional.linear(x, W).sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+most = grown([999])  # the largest
+print(grown(range(700, 999)) - most)
+"""
+
+
+@pytest.mark.skipif(not native_bf16(CPU), reason="needs a CPU with bf16 instructions")
+def test_new_shapes_of_batches_do_not_fill_the_memory():
+    """300 lengths of a batch: without the limit a product keeps more than a megabyte of each."""
+    grown = {limited: int(subprocess.run([sys.executable, "-c", GROWTH.format(limited=limited)],
+                                         capture_output=True, text=True, check=True).stdout)
+             for limited in (False, True)}  # KB
+    assert grown[True] < 150_000 and grown[True] < grown[False] / 2
