@@ -55,7 +55,7 @@ PROMPTS = ["Question: What is the capital of France?\nAnswer:", "The Roman Empir
 class Run(NamedTuple):
     task: str
     method: str
-    rank: int    # 0: full weights
+    rank: int      # 0: full weights
     factor: float  # on the small models' rate
     seed: int = 0
 
@@ -169,7 +169,7 @@ def measure(model, items, texts):
     return found
 
 
-def do(run, out, measure, identity):
+def do(run, out, scores_of, identity):
     """The scores of a run, which are on disk once it is done; full weights are not kept. None
     while another process does it."""
     def make():
@@ -179,7 +179,7 @@ def do(run, out, measure, identity):
         options = (f"--method {run.method} --rank {run.rank or 8} --lr {run.rate:g} --seed "
                    f"{run.seed} --steps {STEPS} --batch {BATCH} --pull 10")
         adapter = train.main(["adapt", *common, *options.split()])
-        found = measure(load_adapter(adapter, out, pick_device()))
+        found = scores_of(load_adapter(adapter, out, pick_device()))
         if not run.rank:
             adapter.unlink()
         return found
@@ -241,9 +241,9 @@ def report(before, done):
         for arm, seeds in arms.items():
             at[arm] = [{c: crossing([(-s[own], s[c]) for _, s in points], -loss) for c in columns}
                        for points in seeds.values()]
-            for rate, scores in sorted(sum((points[1:] for points in seeds.values()), []),
-                                       key=lambda point: point[0]):
-                every.setdefault(f"{arm}, {rate:g}", []).append(scores)
+            for lr, scores in sorted(sum((points[1:] for points in seeds.values()), []),
+                                     key=lambda point: point[0]):
+                every.setdefault(f"{arm}, {lr:g}", []).append(scores)
         for title, rows in (f"at {loss:.3f} nats", at), ("every run", every):
             cells = [[name, *(" / ".join(shown(seed[c], c) for seed in row) for c in columns)]
                      for name, row in ({"before": [before]} | rows).items()]
