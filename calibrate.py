@@ -79,8 +79,7 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250,
     Several processes sample with seeds of their own, and all accept the same texts. ValueError if
     fewer than `count` of 5 × count tries pass.
     """
-    device = model.lm_head.weight.device
-    rank, world = rank_and_world()
+    device, (rank, world) = model.lm_head.weight.device, rank_and_world()
     generator = torch.Generator(device).manual_seed(seed + 10 ** 6 * rank)
     rng = random.Random(f"decoding {seed + 10 ** 6 * rank}")
     accepted, rejected, seen, tries = [], collections.Counter(), set(), 0
@@ -121,9 +120,7 @@ def sample_proxy(model, count, eot, limits, min_new, max_new, seed=0, batch=250,
 def second_moments(model, rows, batch=64, moments_device=None):
     """{layer: C = E[x xᵀ] (d_in, d_in) float64} of every linear layer's input x, over all tokens of
     `rows` (token lists) except padding. Layers that read the same input share one tensor.
-
-    moments_device="cpu" keeps the sums in host memory; one layer's product at a time is on the GPU.
-    """
+    moments_device="cpu" keeps the sums in host memory."""
     twin = {name: input_twin(model, name) for name in block_linears(model)}
     layers = {name: layer for name, layer in block_linears(model).items() if twin[name] == name}
     moments = {name: SecondMoment(layer.in_features, moments_device or model.lm_head.weight.device)
@@ -212,11 +209,9 @@ def parser():
         "max_new": (0, "most tokens of a sample; 0: the model's context"),
         "seed": (0, "random seed"), **FILTERS}, ("samples", "fisher_samples", "queries"))
     p.add_argument("--begin", metavar="TEXT", nargs="+", default=[""],
-                   help='what the samples begin with, in turn; with "" "Question:" every second '
-                        "one is a question")
+                   help='what samples begin with, in turn: "" "Question:" makes half questions')
     p.add_argument("--moments-device", choices=["cpu"],
-                   help="keep the sums of all layers' moments in host memory, and one layer's at a "
-                        "time on the GPU; default: on the GPU")
+                   help="where to keep the sums of all layers' moments; default: on the GPU")
     add_common(p)
     return p
 

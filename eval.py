@@ -174,8 +174,7 @@ def parser():
     p.add_argument("--eval", metavar="FILE",
                    help="a .jsonl file to test the task on; default: held-out items of the task")
     p.add_argument("--keep", metavar="FILE", action="append", default=[],
-                   help="a .jsonl file of items, or a .txt file, that must not be forgotten, "
-                        "instead of the task's own; may be given several times")
+                   help="a .jsonl or .txt file of what must not be forgotten; may be repeated")
     p.add_argument("--methods", nargs="+", default=MAIN_JOB, help="methods to adapt with")
     p.add_argument("--split", default="test", choices=["valid", "test"],
                    help="valid: for choosing settings; test: for reporting")

@@ -64,8 +64,12 @@ class KVCache:
         return [cached[:, :, :self.used] for cached in self.layers[layer]]
 
 
-def causal_attention(q, k, v):
-    """softmax(q kᵀ / √hs) v (B, nh, T, hs); a token attends to itself and to those before it."""
+def causal_attention(q, k, v, lengths=None):
+    """softmax(q kᵀ / √hs) v (B, nh, T, hs); a token attends to itself and to those before it. With
+    `lengths` the one row is several texts, one after the other, that do not see each other."""
+    if lengths:
+        texts = zip(*(t.split(lengths, 2) for t in (q, k, v)))
+        return torch.cat([causal_attention(*text) for text in texts], 2)
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:  # a CPU's kernel is slow in bf16
         with torch.autocast("cpu", enabled=False):
             return causal_attention(q.float(), k.float(), v.float()).to(q.dtype)
@@ -75,9 +79,8 @@ def causal_attention(q, k, v):
 def cached_attention(q, k, v, pos, aligned):
     """q (B, nh, T, hs) at positions pos (B, T) attends to cached k, v (B, nh, used, hs) up to its
     own position; what comes after it, padding included, is masked."""
-    mask = None
-    if not (aligned and q.shape[2] == 1):  # else the one new token may see everything so far
-        mask = torch.arange(k.shape[2], device=q.device) <= pos[:, None, :, None]  # (B, 1, T, used)
+    mask = (torch.arange(k.shape[2], device=q.device) <= pos[:, None, :, None]  # (B, 1, T, used)
+            if q.shape[2] > 1 or not aligned else None)  # None: one new token sees all so far
     grouped = q.shape[1] > k.shape[1]  # several query heads read one key and value head
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
@@ -89,13 +92,13 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.n_head, self.layer = config.n_head, layer
 
-    def forward(self, x, pos=None, cache=None):
+    def forward(self, x, pos=None, cache=None, lengths=None):
         B, T, C = x.shape
         # each (B, nh, T, hs)
         q, k, v = (y.view(B, T, self.n_head, -1).transpose(1, 2)
                    for y in self.c_attn(x).split(C, dim=2))
         if cache is None:
-            y = causal_attention(q, k, v)
+            y = causal_attention(q, k, v, lengths)
         else:
             k, v = cache.update(self.layer, k, v, pos)
             y = cached_attention(q, k, v, pos, cache.aligned)
@@ -119,8 +122,8 @@ class Block(nn.Module):
         self.ln_1, self.attn = nn.LayerNorm(config.n_embd), CausalSelfAttention(config, layer)
         self.ln_2, self.mlp = nn.LayerNorm(config.n_embd), MLP(config)
 
-    def forward(self, x, pos=None, cache=None, only=None):
-        x = x + self.attn(self.ln_1(x), pos, cache)
+    def forward(self, x, pos=None, cache=None, lengths=None, only=None):
+        x = x + self.attn(self.ln_1(x), pos, cache, lengths)
         if only is not None:
             x = x[only]  # (B, T, C) -> (count, C): where logits are wanted, see GPT.forward
         return x + self.mlp(self.ln_2(x))
@@ -156,17 +159,18 @@ class GPT(nn.Module):
         """
         return self.lm_head(self.features(idx, pos, cache, only))
 
-    def features(self, idx, pos=None, cache=None, only=None):
-        """The output layer's input: as `forward`, with C instead of vocab."""
-        if idx.shape[1] > self.config.block_size:
-            raise ValueError(f"{idx.shape[1]} tokens do not fit the model's context of "
+    def features(self, idx, pos=None, cache=None, only=None, lengths=None):
+        """The output layer's input: as `forward`, with C instead of vocab. With lengths, idx (1, T)
+        is texts of these lengths, one after the other, and pos each token's position in its own."""
+        if (longest := max(lengths or [idx.shape[1]])) > self.config.block_size:
+            raise ValueError(f"{longest} tokens do not fit the model's context of "
                              f"{self.config.block_size}")
         where = torch.arange(idx.shape[1], device=idx.device) if pos is None else pos
         x = self.transformer.wte(idx) + self.transformer.wpe(where)  # (B, T, C)
         *blocks, last = self.transformer.h
         for block in blocks:
-            x = block(x, pos, cache)
-        x = last(x, pos, cache, only)  # after the last attention no position affects another
+            x = block(x, pos, cache, lengths)
+        x = last(x, pos, cache, lengths, only)  # no position affects another any more
         return self.transformer.ln_f(x)
 
 

@@ -22,8 +22,9 @@ from extras.cli import command, train_parser
 from extras.export import export
 from extras.files import (build_if_stale, fingerprint, load_calibration, load_foundation,
                           load_resume_state, save_resume_state, task_folder)
-from extras.machine import (Progress, all_reduce_sum, autocast, describe_machine, maybe_compile,
-                            pick_device, precision, rank_and_world, set_precision, shard, tf32)
+from extras.machine import (Progress, all_reduce_sum, autocast, describe_machine,
+                            leave_out_padding, maybe_compile, pick_device, precision,
+                            rank_and_world, set_precision, shard, tf32)
 from extras.muon import pretraining_optimizers
 from extras.published import read_published
 from extras.user_data import TextFiles, drop_long_items, load_items
@@ -70,9 +71,10 @@ def loss_of(model, x, y):
     def mean_loss(h, targets):
         return F.cross_entropy(model.lm_head(h).float(), targets)
 
+    x, y, pos, lengths = leave_out_padding(x, y)
     counted = y != -100
     with autocast(x.device):
-        h, targets = model.features(x, only=counted), y[counted]  # (n, C), (n,)
+        h, targets = model.features(x, pos, None, counted, lengths), y[counted]  # (n, C), (n,)
         most = max(1, MOST_LOGITS // model.lm_head.out_features)
         if len(targets) <= most:
             return mean_loss(h, targets)

@@ -81,14 +81,15 @@ class LlamaAttention(nn.Module):
         self.o_proj = nn.Linear(C, C, bias=False)
         self.hs, self.layer, self.group = hs, layer, config.n_head // n_kv_head
 
-    def forward(self, x, rotary, pos=None, cache=None):
+    def forward(self, x, rotary, pos=None, cache=None, lengths=None):
         B, T, C = x.shape
         # q (B, nh, T, hs); k and v (B, nkv, T, hs)
         q, k, v = (proj(x).view(B, T, -1, self.hs).transpose(1, 2)
                    for proj in (self.q_proj, self.k_proj, self.v_proj))
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is None:
-            y = causal_attention(q, *(t.repeat_interleave(self.group, 1) for t in (k, v)))
+            k, v = (t.repeat_interleave(self.group, 1) for t in (k, v))  # (B, nh, T, hs)
+            y = causal_attention(q, k, v, lengths)
         else:
             k, v = cache.update(self.layer, k, v, pos)  # (B, nkv, used, hs)
             y = cached_attention(q, k, v, pos, cache.aligned)
@@ -114,8 +115,8 @@ class LlamaBlock(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = LlamaMLP(config)
 
-    def forward(self, x, rotary, pos=None, cache=None, only=None):
-        x = x + self.self_attn(self.input_layernorm(x), rotary, pos, cache)
+    def forward(self, x, rotary, pos=None, cache=None, lengths=None, only=None):
+        x = x + self.self_attn(self.input_layernorm(x), rotary, pos, cache, lengths)
         if only is not None:
             x = x[only]  # (B, T, C) -> (count, C)
         return x + self.mlp(self.post_attention_layernorm(x))
@@ -143,16 +144,16 @@ class Llama(nn.Module):
         """Tokens idx (B, T) -> logits (B, T, vocab); arguments as for model.GPT."""
         return self.lm_head(self.features(idx, pos, cache, only))
 
-    def features(self, idx, pos=None, cache=None, only=None):
-        """The output layer's input: as `forward`, with C instead of vocab."""
-        if idx.shape[1] > self.config.block_size:
-            raise ValueError(f"{idx.shape[1]} tokens do not fit the model's context of "
+    def features(self, idx, pos=None, cache=None, only=None, lengths=None):
+        """The output layer's input: as for model.GPT."""
+        if (longest := max(lengths or [idx.shape[1]])) > self.config.block_size:
+            raise ValueError(f"{longest} tokens do not fit the model's context of "
                              f"{self.config.block_size}")
         where = torch.arange(idx.shape[1], device=idx.device)[None] if pos is None else pos
         rotary = [t[:, None] for t in rotary_angles(self.config, where)]  # (B or 1, 1, T, hs)
         x = self.model.embed_tokens(idx)                                  # (B, T, C)
         *blocks, last = self.model.layers
         for block in blocks:
-            x = block(x, rotary, pos, cache)
-        x = last(x, rotary, pos, cache, only)  # its MLP only where wanted
+            x = block(x, rotary, pos, cache, lengths)
+        x = last(x, rotary, pos, cache, lengths, only)  # its MLP only where wanted
         return self.model.norm(x)

@@ -77,11 +77,13 @@ def sadam(model, spectral, basis_dtype=torch.float32):
     return GroupedSAdam(trained, spectral, lr=1e-6, basis_dtype=basis_dtype)
 
 
-def random_batch(config, rows):
-    """(x, y) of random tokens that fill the context; half of each row is its prompt."""
+def random_batch(config, rows, shortest=1.):
+    """(x, y) of random tokens, half of each row its prompt. The rows fill the context; or fewer and
+    fewer of it, down to this share, and then padding."""
     tokens = torch.randint(config.vocab_size, (rows, config.block_size + 1))
-    y = tokens[:, 1:].clone()
-    y[:, :config.block_size // 2] = -100
+    y, where = tokens[:, 1:].clone(), torch.arange(config.block_size)
+    ends = config.block_size * torch.linspace(1, shortest, rows)[:, None]
+    y[(where < ends // 2) | (where >= ends)] = -100
     return tokens[:, :-1].to(pick_device()), y.to(pick_device())
 
 

@@ -176,6 +176,7 @@ def adapting(config, rank, x, y, steps, rounds):
 def time_adapt(s):
     return (adapting(s.gpt2, 8, *random_batch(s.gpt2, 1), 1, s.rounds)
             + adapting(s.llama, 32, *random_batch(s.llama, 8), 1, s.rounds)
+            + adapting(s.llama, 32, *random_batch(s.llama, 8, 0.2), 1, s.rounds)
             + adapting(s.tiny, 8, *code_batch(), 20, s.rounds))
 
 
@@ -254,7 +255,8 @@ ROWS = {  # row: (function, [(what, reference, format)])
     "adapt": (time_adapt, [
         (f"adapting with FoLoRA: {shape}", *columns)
         for shape in ("GPT-2 124M, r 8, 1 x 1024, half prompts",
-                      "SmolLM2-135M, r 32, 8 x 192, half prompts", "tiny, r 8, 8 items")
+                      "SmolLM2-135M, r 32, 8 x 192, half prompts",
+                      "SmolLM2-135M, r 32, 8 rows of 38 to 192", "tiny, r 8, 8 items")
         for columns in (("-", "{:,.0f} tokens/s"), ("transformers + PEFT LoRA", "{:.2f} x"))]),
     "sampling": (time_sampling, [
         ("sampling the proxy set: tiny, 64 x 256", *columns) for columns in (

@@ -57,7 +57,7 @@ def test_loop_by_hand(monkeypatch):
             self.lm_head = torch.nn.Linear(2, 2, bias=False)
             self.lm_head.weight = torch.nn.Parameter(torch.eye(2), requires_grad=False)
 
-        def features(self, x, only):
+        def features(self, x, pos, cache, only, lengths):
             return (self.w * torch.tensor([[[1.0, 0.0]]]).expand(*x.shape, 2))[only]
 
     monkeypatch.setattr(machine, "chosen", "float32")

@@ -113,6 +113,16 @@ def test_the_cache_changes_nothing(model, lengths):
 
 
 @torch.no_grad()
+def test_texts_in_one_row_do_not_see_each_other(model):
+    x, lengths = tokens(), [20, 1, 13]
+    x = torch.cat([row[:length] for row, length in zip([x[0], x[1], x[1]], lengths)])[None]
+    pos = torch.cat([torch.arange(length) for length in lengths])[None]
+    found = model.features(x, pos, lengths=lengths)[0].split(lengths)
+    for row, features in zip(x[0].split(lengths), found):
+        assert torch.allclose(features, model.features(row[None])[0], atol=1e-5)
+
+
+@torch.no_grad()
 def test_features_only_where_wanted_and_no_longer_than_the_context(model):
     only = torch.rand(2, 20, generator=torch.Generator().manual_seed(2)) < 0.5
     assert torch.allclose(model(tokens(), only=only), model(tokens())[only], atol=1e-5)

@@ -84,7 +84,7 @@ def test_references_that_are_not_there_are_named(tmp_path, capfd, monkeypatch):
     for reason in "needs transformers and peft", "needs transformers", "needs scipy":
         assert f"skipped: {reason} |" in printed
     lines = [line for line in written["lines"] if line["median"].startswith("skipped: needs")]
-    assert len(lines) == 3 + 2 + 2
+    assert len(lines) == 4 + 2 + 2
 
 
 def test_calibrations_share_of_the_main_job_by_hand(monkeypatch):
