@@ -174,7 +174,7 @@ def parser():
     p.add_argument("--eval", metavar="FILE",
                    help="a .jsonl file to test the task on; default: held-out items of the task")
     p.add_argument("--keep", metavar="FILE", action="append", default=[],
-                   help="a .jsonl or .txt file of what must not be forgotten; may be repeated")
+                   help="a .jsonl or .txt file to be kept, instead of the task's own; repeatable")
     p.add_argument("--methods", nargs="+", default=MAIN_JOB, help="methods to adapt with")
     p.add_argument("--split", default="test", choices=["valid", "test"],
                    help="valid: for choosing settings; test: for reporting")

